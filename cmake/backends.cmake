@@ -1,0 +1,61 @@
+# Which device runtimes are built besides the CPU's. AUTO: those whose compiler is found.
+
+foreach(option MEP_CUDA MEP_MACA)
+  if(NOT "${${option}}" MATCHES "^(AUTO|ON|OFF)$")
+    message(FATAL_ERROR "${option} is \"${${option}}\"; it may be AUTO, ON or OFF")
+  endif()
+endforeach()
+
+# ---- CUDA ---------------------------------------------------------------------------------------
+
+set(use_cuda ${MEP_CUDA})
+if(MEP_CUDA STREQUAL "AUTO")
+  include(CheckLanguage)
+  check_language(CUDA)
+  set(use_cuda OFF)
+  if(CMAKE_CUDA_COMPILER)
+    set(use_cuda ON)
+  endif()
+endif()
+
+if(use_cuda)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80 90 100)
+  endif()
+  enable_language(CUDA)
+  message(STATUS "CUDA: kernels are compiled for ${CMAKE_CUDA_ARCHITECTURES}, "
+                 "but not part of the library in this version")
+
+  add_library(mooncake_ep_cuda_kernels OBJECT ${PROJECT_SOURCE_DIR}/libep/backend/cuda.cu)
+  target_include_directories(mooncake_ep_cuda_kernels PRIVATE ${PROJECT_SOURCE_DIR}/include
+                                                              ${PROJECT_SOURCE_DIR}/libep)
+  # No product may be fused with a sum: GPUs and CPUs give the same bits.
+  target_compile_options(mooncake_ep_cuda_kernels PRIVATE --fmad=false)
+  set_target_properties(mooncake_ep_cuda_kernels PROPERTIES
+    CUDA_STANDARD 17
+    CUDA_STANDARD_REQUIRED ON
+    CUDA_EXTENSIONS OFF
+    CUDA_VISIBILITY_PRESET hidden
+    VISIBILITY_INLINES_HIDDEN ON
+    POSITION_INDEPENDENT_CODE ON
+  )
+else()
+  message(STATUS "CUDA: off (MEP_CUDA=${MEP_CUDA})")
+endif()
+
+# ---- MACA ---------------------------------------------------------------------------------------
+
+if(MEP_MACA STREQUAL "ON")
+  message(FATAL_ERROR "MEP_MACA=ON: the MACA backend is not in this version")
+elseif(MEP_MACA STREQUAL "OFF")
+  message(STATUS "MACA: off (MEP_MACA=OFF)")
+else()
+  find_program(MEP_MXCC mxcc HINTS ENV MACA_PATH ENV MACA_HOME PATHS /opt/maca
+               PATH_SUFFIXES mxgpu_llvm/bin bin DOC "MetaX's compiler")
+  mark_as_advanced(MEP_MXCC)
+  if(MEP_MXCC)
+    message(STATUS "MACA: off (found ${MEP_MXCC}, but the backend is not in this version)")
+  else()
+    message(STATUS "MACA: off (no mxcc, and the backend is not in this version)")
+  endif()
+endif()

@@ -1,0 +1,545 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/**
+ * mooncake_ep.h - the whole public API of libmooncake_ep, and its manual.
+ *
+ * A Mixture-of-Experts layer spread over R ranks has two collective operations around its experts:
+ *
+ *   dispatch  every token travels to the ranks that own its top-k experts, and is packed there by
+ *             expert;
+ *   combine   the experts' outputs travel back and are summed with the top-k weights.
+ *
+ * The shortest program: mep_group_create, mep_buffer_create, mep_handle_create, then for each layer
+ * mep_dispatch, the experts, mep_combine. Release in the reverse order.
+ *
+ * Symbols: R ranks, E global experts, L = E/R experts on each rank (rank r owns [r*L, (r+1)*L)), T
+ * tokens of this rank in this call, M the most tokens of one rank in one call, H hidden, K top-k.
+ *
+ * Rules that hold for every declaration below:
+ *  - A function returns mep_status_t and writes its outputs only on MEP_OK. A failed call has sent
+ *    nothing and leaves group, buffer and handle as they were, unless its comment says otherwise.
+ *  - mep_last_error() then names the argument, its value and the rule it broke.
+ *  - A struct starts with struct_size = sizeof the struct; zero in any other field means "default".
+ *  - *_destroy accepts NULL and cannot fail.
+ *  - Text that a function returns lives as long as the object it describes; text of no object lives
+ *    for ever.
+ *  - "Collective": every rank of the group calls it, in the same order, with the same sizes.
+ *    "Local": no other rank takes part. "Blocking": returns when the work is done.
+ *    "Stream-ordered": on a GPU the work is queued on args.stream and the call returns at once; on
+ *    the CPU the call does the work and blocks.
+ *  - One group, and the buffers and handles made from it, belong to one thread at a time. Different
+ *    groups may be used by different threads.
+ */
+#ifndef MOONCAKE_EP_H_
+#define MOONCAKE_EP_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define MEP_API __attribute__((visibility("default")))
+#else
+#define MEP_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- Version and limits ---------------------------------------------------------------------- */
+
+#define MEP_VERSION_MAJOR 0
+#define MEP_VERSION_MINOR 1
+#define MEP_VERSION_PATCH 0
+
+#define MEP_RANK_COUNT_MAX 1024    /**< R */
+#define MEP_EXPERT_COUNT_MAX 65536 /**< E; a multiple of R */
+#define MEP_TOKEN_COUNT_MAX 65536  /**< M; and E * M < 2^31 */
+#define MEP_TOPK_MAX 32            /**< K */
+#define MEP_HIDDEN_MULTIPLE 8      /**< H is a multiple of this */
+#define MEP_HIDDEN_MAX 65536       /**< H */
+#define MEP_SCALE_GROUP 128 /**< channels of one FP8 scale; with FP8, H is a multiple of it */
+#define MEP_ROUNDS_IN_FLIGHT_MAX 8 /**< F */
+#define MEP_ALIGNMENT 16           /**< bytes; data of x, out_x, out and of every row of them */
+#define MEP_CPU_THREAD_COUNT_MAX 256
+#define MEP_UNIQUE_ID_BYTES 128
+#define MEP_ALL_GATHER_BYTES_MAX 1048576
+
+/** Library version, MAJOR * 10000 + MINOR * 100 + PATCH. Local. */
+MEP_API int32_t mep_version(void);
+
+/* ---- Status, last error, log ----------------------------------------------------------------- */
+
+/**
+ * Outcome of a call. Negative values are errors, in ranges by what they cost; new ones may be
+ * added.
+ */
+typedef int32_t mep_status_t;
+enum {
+    MEP_OK = 0,
+    /* -1xx: this call was wrong; everything goes on as before. */
+    MEP_INVALID_ARGUMENT = -101, /**< an argument broke a documented rule */
+    MEP_UNSUPPORTED = -102,      /**< valid, but not on this device, build or version */
+    MEP_INVALID_STATE = -103, /**< not now: too many rounds in flight, nothing to receive, closed */
+    /* -2xx: this device or host could not. */
+    MEP_OUT_OF_MEMORY = -201,
+    MEP_DEVICE_ERROR = -202, /**< a call of the device's runtime failed */
+    MEP_SYSTEM_ERROR = -203, /**< a call of the operating system failed */
+    /* -3xx: a peer did not do its part. */
+    MEP_PEER_FAILED = -301, /**< a peer missed the deadline and was masked out; see mep_dispatch */
+    /* -4xx: the group did not come together. */
+    MEP_TIMEOUT = -401,         /**< a collective step of set-up missed its deadline */
+    MEP_MISMATCH = -402,        /**< the ranks gave different sizes or versions */
+    MEP_BOOTSTRAP_FAILED = -403 /**< the connection or callback that joins the ranks failed */
+};
+
+/**
+ * Name of a status, e.g. "MEP_PEER_FAILED"; "MEP_UNKNOWN_STATUS" for any other number. Never NULL.
+ * Local.
+ */
+MEP_API const char *mep_status_name(mep_status_t status);
+
+/**
+ * What went wrong in this thread's last failed call; "" before any. Valid until the next one. Never
+ * NULL. Local.
+ */
+MEP_API const char *mep_last_error(void);
+
+enum { MEP_LOG_ERROR = 1, MEP_LOG_WARNING = 2, MEP_LOG_INFO = 3, MEP_LOG_DEBUG = 4 };
+
+/**
+ * Receives one log line without newline. May be called from any thread, and may call the library; a
+ * call that has begun may still run when mep_log_set_callback returns.
+ */
+typedef void (*mep_log_callback_t)(void *context, int32_t level, const char *message);
+
+/**
+ * Send log lines up to `level` to `callback`; NULL: to standard error. Without this call the level
+ * is MOONCAKE_EP_LOG (error, warning, info or debug; default warning). Local, process-wide.
+ * Errors: MEP_INVALID_ARGUMENT if level is not one of MEP_LOG_*.
+ */
+MEP_API mep_status_t mep_log_set_callback(mep_log_callback_t callback, void *context,
+                                          int32_t level);
+
+/* ---- Backends -------------------------------------------------------------------------------- */
+
+/** Which runtime a group computes with. 0 in a config means MEP_BACKEND_CPU. */
+enum { MEP_BACKEND_CPU = 1, MEP_BACKEND_CUDA = 2, MEP_BACKEND_MACA = 3 };
+
+typedef struct mep_backend_info {
+    uint32_t struct_size;
+    int32_t available;    /**< 1: a group can be created on it now */
+    int32_t device_count; /**< devices that this process sees; 1 on the CPU */
+    uint32_t reserved;
+    const char *name;   /**< "cpu", "cuda" or "maca" */
+    const char *reason; /**< why it is not available; "" if it is */
+} mep_backend_info_t;
+
+/** Describe a backend (MEP_BACKEND_*), also one that is not in this build. Local. */
+MEP_API mep_status_t mep_backend_query(int32_t backend, mep_backend_info_t *info);
+
+/* ---- Tensors --------------------------------------------------------------------------------- */
+
+/** Device codes of DLPack. MetaX arrays arrive as MEP_DEVICE_CUDA. */
+enum { MEP_DEVICE_CPU = 1, MEP_DEVICE_CUDA = 2 };
+
+/** Type codes of DLPack. An 8-bit MEP_TYPE_UINT is accepted wherever MEP_TYPE_FLOAT8_E4M3FN is. */
+enum {
+    MEP_TYPE_INT = 0,
+    MEP_TYPE_UINT = 1,
+    MEP_TYPE_FLOAT = 2,
+    MEP_TYPE_BFLOAT = 4,
+    MEP_TYPE_FLOAT8_E4M3FN = 10
+};
+
+typedef struct mep_device {
+    int32_t device_type;
+    int32_t device_id;
+} mep_device_t;
+
+typedef struct mep_dtype {
+    uint8_t code;
+    uint8_t bits;
+    uint16_t lanes; /**< 1 */
+} mep_dtype_t;
+
+/**
+ * A borrowed array: byte for byte DLPack's DLTensor, so a DLTensor * may be passed as it is. The
+ * library reads it only during the call; the data must stay valid until the call's work is done.
+ */
+typedef struct mep_tensor {
+    void *data;
+    mep_device_t device;
+    int32_t ndim;
+    mep_dtype_t dtype;
+    int64_t *shape;
+    int64_t *strides; /**< in elements; NULL: row-major without gaps */
+    uint64_t byte_offset;
+} mep_tensor_t;
+
+/* ---- Group ----------------------------------------------------------------------------------- */
+
+/** One rank's membership in a set of ranks that exchange tokens. */
+typedef struct mep_group mep_group_t;
+
+/** Meeting point of ranks that are threads of one process. */
+typedef struct mep_world mep_world_t;
+
+/**
+ * Meeting point of ranks that are processes: address, port and a secret. Copy its bytes to every
+ * rank.
+ */
+typedef struct mep_unique_id {
+    uint8_t bytes[MEP_UNIQUE_ID_BYTES];
+} mep_unique_id_t;
+
+/**
+ * The one primitive that a group needs from its caller: gather `bytes` bytes from each rank into
+ * `receive` [R][bytes], ordered by rank. Blocking. Returns 0, or any other number on failure.
+ */
+typedef int32_t (*mep_all_gather_callback_t)(void *context, const void *send, void *receive,
+                                             size_t bytes);
+
+/**
+ * Start listening for the ranks of one group. `address`: IPv4 address or host name of this machine
+ * that the other ranks can reach; NULL: 127.0.0.1, so nothing outside this machine can connect. The
+ * process that calls this must hold rank 0 of the group. Local. Uses one descriptor until the group
+ * is created or mep_unique_id_destroy is called.
+ * Errors: MEP_INVALID_ARGUMENT (address unknown), MEP_SYSTEM_ERROR.
+ */
+MEP_API mep_status_t mep_unique_id_create(const char *address, mep_unique_id_t *id);
+
+/** Stop listening, if no group was created from `id` in this process. Local. */
+MEP_API void mep_unique_id_destroy(const mep_unique_id_t *id);
+
+/**
+ * A meeting point for `rank_count` threads of this process, each of which creates a group from it.
+ * Local.
+ */
+MEP_API mep_status_t mep_world_create(int32_t rank_count, mep_world_t **world);
+MEP_API void mep_world_destroy(mep_world_t *world);
+
+/**
+ * How the ranks find each other is decided by the first of these that is set:
+ *   all_gather   the caller's callback;
+ *   unique_id    TCP, to the process that made the id;
+ *   world        threads of this process;
+ *   rank_count 1 nobody to meet;
+ *   none         TCP, by the variables that torchrun sets: RANK, WORLD_SIZE, MASTER_ADDR and
+ *                MASTER_PORT. Rank 0 listens on MASTER_ADDR at MASTER_PORT +
+ *                MOONCAKE_EP_PORT_OFFSET (default 1, because torchrun itself uses MASTER_PORT).
+ *                rank and rank_count must be zero or agree with the variables.
+ *                MOONCAKE_EP_SECRET, if set, must be the same on all ranks.
+ */
+typedef struct mep_group_config {
+    uint32_t struct_size;
+    int32_t rank;       /**< [0, rank_count) */
+    int32_t rank_count; /**< R, [1, MEP_RANK_COUNT_MAX] */
+    int32_t backend;    /**< MEP_BACKEND_*; 0: CPU */
+    int32_t device_id;  /**< of that backend; 0 on the CPU */
+    uint32_t reserved;
+    /** of each wait for another rank, in set-up and later calls; 0: 100 s; -1: never */
+    int64_t timeout_us;
+    mep_all_gather_callback_t all_gather;
+    void *all_gather_context; /**< passed to all_gather */
+    const mep_unique_id_t *unique_id;
+    mep_world_t *world;
+} mep_group_config_t;
+
+typedef struct mep_group_info {
+    uint32_t struct_size;
+    int32_t rank;
+    int32_t rank_count;
+    int32_t backend;
+    int32_t device_id;
+    uint32_t reserved;
+    int64_t timeout_us;
+} mep_group_info_t;
+
+/** How this rank reaches a peer. */
+enum {
+    MEP_TRANSPORT_SELF = 1,   /**< the rank itself: nothing leaves it */
+    MEP_TRANSPORT_THREAD = 2, /**< a thread of this process: the same memory */
+    MEP_TRANSPORT_SHM = 3     /**< a process of this host: POSIX shared memory */
+};
+
+typedef struct mep_transport_info {
+    uint32_t struct_size;
+    int32_t kind;       /**< MEP_TRANSPORT_* */
+    const char *name;   /**< "self", "thread", "shm" */
+    const char *reason; /**< why this one, and why not something faster */
+} mep_transport_info_t;
+
+/**
+ * Join a group. Collective, blocking.
+ * Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available, ranks on different hosts);
+ * MEP_TIMEOUT (names the missing ranks); MEP_MISMATCH (rank_count, backend or library version
+ * differ); MEP_BOOTSTRAP_FAILED (wrong secret, rank taken, connection lost, callback failed);
+ * MEP_SYSTEM_ERROR.
+ */
+MEP_API mep_status_t mep_group_create(const mep_group_config_t *config, mep_group_t **group);
+
+/**
+ * Leave the group. Local. Calls on its buffers then fail with MEP_INVALID_STATE; they still have to
+ * be destroyed. Peers keep their own mappings, so ranks may leave in any order.
+ */
+MEP_API void mep_group_destroy(mep_group_t *group);
+
+/** Describe this rank. Local. */
+MEP_API mep_status_t mep_group_query(const mep_group_t *group, mep_group_info_t *info);
+
+/**
+ * Which transport reaches rank `peer`, and why. All ranks compute it from the same facts. Local.
+ */
+MEP_API mep_status_t mep_group_query_transport(const mep_group_t *group, int32_t peer,
+                                               mep_transport_info_t *info);
+
+/**
+ * Gather `bytes` host bytes (at most MEP_ALL_GATHER_BYTES_MAX) from each rank into `receive`
+ * [R][bytes], over what the group was created from; also a barrier. Collective, blocking.
+ * Errors: MEP_INVALID_ARGUMENT, MEP_TIMEOUT, MEP_MISMATCH (bytes differ), MEP_BOOTSTRAP_FAILED.
+ */
+MEP_API mep_status_t mep_group_all_gather(mep_group_t *group, const void *send, void *receive,
+                                          size_t bytes);
+
+/* ---- Buffer ---------------------------------------------------------------------------------- */
+
+/** The memory that a rank shares with its peers for rounds of one shape. */
+typedef struct mep_buffer mep_buffer_t;
+
+/** Types that dispatch may carry; bits. */
+enum { MEP_PAYLOAD_BF16 = 1, MEP_PAYLOAD_FP16 = 2, MEP_PAYLOAD_FP32 = 4, MEP_PAYLOAD_FP8 = 8 };
+
+typedef struct mep_buffer_config {
+    uint32_t struct_size;
+    int32_t token_count_max; /**< M, [1, MEP_TOKEN_COUNT_MAX] */
+    /** H, a multiple of MEP_HIDDEN_MULTIPLE (with FP8: of MEP_SCALE_GROUP) */
+    int32_t hidden;
+    int32_t expert_count; /**< E, a multiple of R */
+    int32_t topk_max;     /**< most K of a call, [1, MEP_TOPK_MAX] */
+    /** MEP_PAYLOAD_* bits; 0: BF16, and FP8 if H allows it. FP32 also lets combine take fp32. */
+    uint32_t payload_types;
+    /**
+     * F: most dispatches, and likewise combines, sent and not yet received; 0: 2. Memory grows with
+     * it.
+     */
+    int32_t rounds_in_flight_max;
+    /** 1: combine's partial sums travel as fp32 whatever the type; 0: in the type of x */
+    int32_t fp32_partials;
+    /**
+     * Threads of a CPU rank, this one included; 0: MOONCAKE_EP_CPU_THREADS, else cores per rank of
+     * this host, at most 4.
+     */
+    int32_t cpu_thread_count;
+    uint32_t reserved;
+} mep_buffer_config_t;
+
+typedef struct mep_buffer_sizes {
+    uint32_t struct_size;
+    uint32_t reserved;
+    /** shared memory of one rank: about 2F * 2 * (R-1) * M * H * element bytes */
+    uint64_t window_bytes;
+    uint64_t handle_bytes; /**< device memory of one handle */
+} mep_buffer_sizes_t;
+
+typedef struct mep_buffer_info {
+    uint32_t struct_size;
+    int32_t rank;
+    int32_t rank_count;
+    int32_t token_count_max;
+    int32_t hidden;
+    int32_t expert_count;
+    int32_t local_expert_count;
+    int32_t topk_max;
+    uint32_t payload_types;
+    int32_t rounds_in_flight_max;
+    int32_t fp32_partials;
+    int32_t cpu_thread_count;
+    uint64_t window_bytes;
+    uint64_t handle_bytes;
+} mep_buffer_info_t;
+
+/** What a buffer has counted since its creation. */
+typedef struct mep_buffer_counters {
+    uint32_t struct_size;
+    uint32_t reserved;
+    uint64_t dispatches_sent;
+    uint64_t combines_sent;
+    /** Expert ids other than -1 outside [0, E); each was treated as -1. */
+    uint64_t invalid_expert_ids;
+    /** Messages and counts from peers that broke a limit and were ignored. */
+    uint64_t invalid_messages;
+} mep_buffer_counters_t;
+
+/** Memory that mep_buffer_create would take on each rank. Local. Errors: MEP_INVALID_ARGUMENT. */
+MEP_API mep_status_t mep_buffer_query_sizes(const mep_buffer_config_t *config, int32_t rank_count,
+                                            mep_buffer_sizes_t *sizes);
+
+/**
+ * Allocate this rank's window and map the peers'. Collective, blocking: on failure it fails on
+ * every rank, and nothing is left behind.
+ * Errors: MEP_INVALID_ARGUMENT, MEP_OUT_OF_MEMORY (also a full /dev/shm), MEP_MISMATCH (configs
+ * differ), MEP_TIMEOUT, MEP_BOOTSTRAP_FAILED, MEP_SYSTEM_ERROR, MEP_INVALID_STATE (group left).
+ */
+MEP_API mep_status_t mep_buffer_create(mep_group_t *group, const mep_buffer_config_t *config,
+                                       mep_buffer_t **buffer);
+
+/** Release this rank's memory and mappings. Local. Destroy its handles first. */
+MEP_API void mep_buffer_destroy(mep_buffer_t *buffer);
+
+/** The configuration with all defaults filled in. Local. */
+MEP_API mep_status_t mep_buffer_query(const mep_buffer_t *buffer, mep_buffer_info_t *info);
+
+/** Read the counters. Local; on a GPU it waits for the device. */
+MEP_API mep_status_t mep_buffer_query_counters(const mep_buffer_t *buffer,
+                                               mep_buffer_counters_t *counters);
+
+/* ---- Handle ---------------------------------------------------------------------------------- */
+
+/**
+ * What one dispatch remembers for its combines: its routing, in memory of its own, so it may
+ * outlive any number of later rounds (training keeps one per layer until backward). Reusable: a new
+ * dispatch overwrites it.
+ */
+typedef struct mep_handle mep_handle_t;
+
+/**
+ * Local, blocking. Errors: MEP_INVALID_ARGUMENT, MEP_OUT_OF_MEMORY, MEP_INVALID_STATE (group left).
+ */
+MEP_API mep_status_t mep_handle_create(mep_buffer_t *buffer, mep_handle_t **handle);
+
+/**
+ * Local. A round of this handle that was sent and not received counts as in flight for ever,
+ * because its slot can never be proved free: receive first.
+ */
+MEP_API void mep_handle_destroy(mep_handle_t *handle);
+
+/* ---- Dispatch and combine -------------------------------------------------------------------- */
+
+/** Which half of a call to do; 0 means both. */
+enum { MEP_PHASE_SEND = 1, MEP_PHASE_RECEIVE = 2 };
+
+/** What dispatch does to x before it travels. */
+enum {
+    MEP_QUANT_NONE = 0,
+    /**
+     * To float8_e4m3fn with one fp32 scale per MEP_SCALE_GROUP channels of a token: scale =
+     * max(max|x|, 1e-4) / 448.
+     */
+    MEP_QUANT_FP8 = 1,
+    /** The same, each scale rounded up to a power of two. */
+    MEP_QUANT_FP8_POW2 = 2
+};
+
+/**
+ * Arguments of mep_dispatch. All tensors are on the group's device. "Row-major" means without gaps,
+ * except that rows of x (and of x_scales) may be further apart than their length.
+ */
+typedef struct mep_dispatch_args {
+    uint32_t struct_size;
+    uint32_t phases; /**< MEP_PHASE_* bits; 0: both */
+
+    /**
+     * [T, H], T in [0, M]: bf16, fp16, fp32, or e4m3fn with x_scales. Must stay unchanged until the
+     * receive.
+     */
+    const mep_tensor_t *x;
+    /** fp32 [T, H/128], strides 0 or more; only and always with e4m3fn x */
+    const mep_tensor_t *x_scales;
+    /**
+     * int32 or int64 [T, K] row-major, K in [1, topk_max]: global expert, or -1 for none. An expert
+     * named twice by a token gets it once, and its weights add up. Other ids outside [0, E) count
+     * as -1 (mep_buffer_counters_t).
+     */
+    const mep_tensor_t *topk_idx;
+    /** fp32 [T, K] row-major, or NULL: given to combine, or plain sums */
+    const mep_tensor_t *topk_weights;
+
+    /**
+     * [L, R*M, H] row-major; type of x, or e4m3fn with quant. Expert e holds out_count[e] rows:
+     * sources in rank order, each one's tokens in their order. The rows after them are left as they
+     * were.
+     */
+    const mep_tensor_t *out_x;
+    /** fp32 [L, R*M, H/128], any positive strides; only and always if out_x is e4m3fn */
+    const mep_tensor_t *out_scales;
+    const mep_tensor_t *out_count; /**< int32 [L] */
+    /** int32 [L, R*M] row-major, or NULL: row -> token index at its source */
+    const mep_tensor_t *out_src_info;
+    /** int64 [L, R] row-major, or NULL: begin << 32 | count of each source's rows */
+    const mep_tensor_t *out_layout_range;
+
+    /**
+     * int32 [R or more], or NULL. In: 1 = take part, 0 = neither send to nor wait for that rank
+     * (the own rank always takes part). Out: 0 for a rank that missed the deadline. With NULL the
+     * buffer keeps such a mask of its own, all ones at first.
+     */
+    const mep_tensor_t *active_ranks;
+
+    uint32_t quant; /**< MEP_QUANT_* */
+    uint32_t reserved;
+    int64_t timeout_us; /**< for this call; 0: the group's; -1: never */
+    void *stream;       /**< native stream of the device, NULL: its default; unused on the CPU */
+} mep_dispatch_args_t;
+
+/**
+ * Send every token to the ranks of its experts, and pack what arrives. Collective, stream-ordered;
+ * ranks may have different T (also 0), x may differ in strides, but type, quant and K must be the
+ * same on all ranks.
+ *
+ * In two halves: MEP_PHASE_SEND sends and does not wait; a later call with the same args and
+ * MEP_PHASE_RECEIVE waits and packs. At most F rounds may be in between, and a round may only be
+ * sent when all but the F-1 rounds before it were received; within that, in any order. All calls on
+ * a buffer run one after the other.
+ *
+ * Errors: MEP_INVALID_ARGUMENT (names the argument, value and rule), MEP_INVALID_STATE (more than F
+ * rounds in flight; RECEIVE without SEND; the handle's last round still in flight; group left),
+ * MEP_DEVICE_ERROR. On the CPU and with active_ranks NULL also MEP_PEER_FAILED: ranks missed the
+ * deadline or broke a limit, the outputs hold what the others sent, and those ranks are masked from
+ * now on.
+ */
+MEP_API mep_status_t mep_dispatch(mep_buffer_t *buffer, mep_handle_t *handle,
+                                  const mep_dispatch_args_t *args);
+
+/** Arguments of mep_combine; conventions as in mep_dispatch_args_t. */
+typedef struct mep_combine_args {
+    uint32_t struct_size;
+    uint32_t phases; /**< MEP_PHASE_* bits; 0: both */
+
+    /**
+     * [L, R*M, H] row-major: bf16, fp16, or fp32 (if the buffer carries fp32 partials): the
+     * experts' outputs, in the rows that dispatch filled. The others are not read. Must stay
+     * unchanged until the receive.
+     */
+    const mep_tensor_t *x;
+    /** fp32 [T, K] row-major, or NULL: those given to dispatch; if there were none, all are 1. */
+    const mep_tensor_t *topk_weights;
+    /**
+     * [T, H] of the type of x; rows may be further apart. T as in the dispatch. A token with no
+     * expert becomes 0.
+     */
+    const mep_tensor_t *out;
+    /** as in dispatch; contributions of a masked rank are left out */
+    const mep_tensor_t *active_ranks;
+
+    int64_t timeout_us;
+    void *stream;
+} mep_combine_args_t;
+
+/**
+ * Send the experts' outputs back and sum them: out[t] = sum over k of topk_weights[t][k] * expert
+ * k's row for t. Each rank sums its experts' rows of a token in fp32 (in the order of k) and sends
+ * one row, rounded to the type of x or as fp32 (fp32_partials); the owner sums these in fp32 in
+ * rank order and rounds once. The same inputs always give the same bits. Collective, stream-
+ * ordered, in two halves like mep_dispatch. A handle may be combined any number of times after its
+ * dispatch was received. Whether topk_weights is NULL, and the type of x, must be the same on all
+ * ranks. With topk_weights, SEND waits for the peers' weights (which their SEND sends first).
+ * Errors: as mep_dispatch; also MEP_INVALID_STATE if the handle holds no received dispatch.
+ */
+MEP_API mep_status_t mep_combine(mep_buffer_t *buffer, mep_handle_t *handle,
+                                 const mep_combine_args_t *args);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* MOONCAKE_EP_H_ */

@@ -1,0 +1,227 @@
+// The CPU backend: windows in POSIX shared memory, launches on the caller's thread and its workers.
+#include "backend/backend.h"
+#include "backend/cpu_levels.h"
+#include "base/status.h"
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fcntl.h>
+#include <map>
+#include <mutex>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+namespace ep {
+namespace {
+
+class HostMapping : public Mapping {
+  public:
+    HostMapping(void *data, size_t bytes) : data_(data), bytes_(bytes) {}
+    HostMapping(const HostMapping &) = delete;
+    HostMapping &operator=(const HostMapping &) = delete;
+    ~HostMapping() override { munmap(data_, bytes_); }
+    char *data() const override { return static_cast<char *>(data_); }
+
+  private:
+    void *data_;
+    size_t bytes_;
+};
+
+struct Descriptor {
+    explicit Descriptor(int number) : number(number) {}
+    Descriptor(const Descriptor &) = delete;
+    Descriptor &operator=(const Descriptor &) = delete;
+    ~Descriptor() {
+        if (number >= 0) close(number);
+    }
+    int number;
+};
+
+mep_status_t map(size_t bytes, int flags, int descriptor, std::shared_ptr<Mapping> *mapping) {
+    void *data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags | MAP_POPULATE, descriptor, 0);
+    if (data == MAP_FAILED)
+        return fail(MEP_OUT_OF_MEMORY, "mapping a window of %zu bytes: %s", bytes,
+                    system_error("mmap", errno).c_str());
+    // Fewer misses of the page tables where the system allows it; only a hint.
+    madvise(data, bytes, MADV_HUGEPAGE);
+    *mapping = std::make_shared<HostMapping>(data, bytes);
+    return MEP_OK;
+}
+
+// The windows of this process by number, so that ranks that are threads share one mapping. Weak: a
+// number of a window that is gone finds nothing, where an address would find anything.
+class WindowTable {
+  public:
+    static WindowTable &instance() {
+        static WindowTable table;
+        return table;
+    }
+    uint64_t add(const std::shared_ptr<Mapping> &mapping) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        mappings_[++last_] = mapping;
+        return last_;
+    }
+    void remove(uint64_t number) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        mappings_.erase(number);
+    }
+    std::shared_ptr<Mapping> find(uint64_t number) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = mappings_.find(number);
+        return found == mappings_.end() ? nullptr : found->second.lock();
+    }
+
+  private:
+    std::mutex mutex_;
+    uint64_t last_ = 0;
+    std::map<uint64_t, std::weak_ptr<Mapping>> mappings_;
+};
+
+class HostWindow : public Window {
+  public:
+    HostWindow() = default;
+    HostWindow(const HostWindow &) = delete;
+    HostWindow &operator=(const HostWindow &) = delete;
+    ~HostWindow() override {
+        seal();
+        WindowTable::instance().remove(handle_.number);
+    }
+
+    mep_status_t create(size_t bytes, Sharing sharing) {
+        handle_.bytes = bytes;
+        const ProcessIdentity process = process_identity();
+        handle_.process[0] = process.words[0];
+        handle_.process[1] = process.words[1];
+        if (sharing == Sharing::kNobody)
+            return map(bytes, MAP_PRIVATE | MAP_ANONYMOUS, -1, &mapping_);
+        EP_TRY(create_shared(bytes));
+        handle_.number = WindowTable::instance().add(mapping_);
+        return MEP_OK;
+    }
+
+    std::shared_ptr<Mapping> mapping() const override { return mapping_; }
+    WindowHandle handle() const override { return handle_; }
+    void seal() override {
+        if (handle_.name[0] != '\0') shm_unlink(handle_.name);
+        handle_.name[0] = '\0';
+    }
+
+  private:
+    mep_status_t create_shared(size_t bytes) {
+        // A name that nobody can guess, for as short as it exists.
+        uint64_t random[2];
+        if (getrandom(random, sizeof random, 0) != sizeof random)
+            return fail(MEP_SYSTEM_ERROR, "%s", system_error("getrandom", errno).c_str());
+        char name[sizeof handle_.name];
+        std::snprintf(name, sizeof name, "/mooncake_ep-%016llx%016llx",
+                      static_cast<unsigned long long>(random[0]),
+                      static_cast<unsigned long long>(random[1]));
+        const Descriptor file(shm_open(name, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600));
+        if (file.number < 0)
+            return fail(MEP_SYSTEM_ERROR, "creating shared memory: %s",
+                        system_error("shm_open", errno).c_str());
+        std::memcpy(handle_.name, name, sizeof name);
+        // Takes the pages now: with none left, a later access would kill the process.
+        if (const int error = posix_fallocate(file.number, 0, static_cast<off_t>(bytes)))
+            return fail(error == ENOSPC || error == ENOMEM ? MEP_OUT_OF_MEMORY : MEP_SYSTEM_ERROR,
+                        "a window of %zu bytes in /dev/shm: %s", bytes,
+                        system_error("posix_fallocate", error).c_str());
+        return map(bytes, MAP_SHARED, file.number, &mapping_);
+    }
+
+    WindowHandle handle_{};
+    std::shared_ptr<Mapping> mapping_;
+};
+
+class Cpu : public Device {
+  public:
+    Cpu() {
+        for (const CpuLevel &level : cpu_levels())
+            if (level.supported) kernels_ = level.kernels;
+    }
+
+    const Kernels &kernels() const override { return kernels_; }
+
+    mep_status_t allocate(size_t bytes, DeviceMemory *memory) override {
+        void *data = nullptr;
+        if (posix_memalign(&data, Layout::kLineBytes, bytes == 0 ? 1 : bytes) != 0)
+            return fail(MEP_OUT_OF_MEMORY, "no memory for %zu bytes", bytes);
+        std::memset(data, 0, bytes);
+        *memory = DeviceMemory(data, std::free);
+        return MEP_OK;
+    }
+    mep_status_t write(void *device, const void *host, size_t bytes) override {
+        std::memcpy(device, host, bytes);
+        return MEP_OK;
+    }
+    mep_status_t read(void *host, const void *device, size_t bytes) override {
+        std::memcpy(host, device, bytes);
+        return MEP_OK;
+    }
+
+    mep_status_t create_window(size_t bytes, Sharing sharing,
+                               std::unique_ptr<Window> *window) override {
+        auto created = std::make_unique<HostWindow>();
+        EP_TRY(created->create(bytes, sharing));
+        *window = std::move(created);
+        return MEP_OK;
+    }
+
+    mep_status_t open_window(const WindowHandle &handle,
+                             std::shared_ptr<Mapping> *mapping) override {
+        const ProcessIdentity process = process_identity();
+        if (handle.process[0] == process.words[0] && handle.process[1] == process.words[1]) {
+            *mapping = WindowTable::instance().find(handle.number);
+            if (*mapping == nullptr)
+                return fail(MEP_SYSTEM_ERROR, "a peer's window is gone; its rank has failed");
+            return MEP_OK;
+        }
+        char name[sizeof handle.name + 1] = {};
+        std::memcpy(name, handle.name, sizeof handle.name);
+        const Descriptor file(shm_open(name, O_RDWR | O_CLOEXEC, 0));
+        struct stat status;
+        if (file.number < 0 || fstat(file.number, &status) != 0)
+            return fail(MEP_SYSTEM_ERROR, "opening a peer's shared memory: %s",
+                        system_error("shm_open", errno).c_str());
+        if (static_cast<uint64_t>(status.st_size) != handle.bytes)
+            return fail(MEP_SYSTEM_ERROR, "a peer's shared memory has %lld bytes instead of %llu",
+                        static_cast<long long>(status.st_size),
+                        static_cast<unsigned long long>(handle.bytes));
+        return map(handle.bytes, MAP_SHARED, file.number, mapping);
+    }
+
+    bool reaches(mep_device_t device) const override {
+        return device.device_type == MEP_DEVICE_CPU;
+    }
+    bool is_synchronous() const override { return true; }
+    mep_status_t launch_status(int) const override { return MEP_OK; }
+
+  private:
+    Kernels kernels_{};  // of the widest level that this machine has
+};
+
+int device_count() {
+    return 1;
+}
+
+const char *unavailable_reason() {
+    return "";
+}
+
+mep_status_t create_device(int device_id, std::shared_ptr<Device> *device) {
+    if (device_id != 0)
+        return fail(MEP_INVALID_ARGUMENT, "config.device_id is %d; the CPU has only device 0",
+                    device_id);
+    *device = std::make_shared<Cpu>();
+    return MEP_OK;
+}
+
+}  // namespace
+
+const Backend kCpuBackend{MEP_BACKEND_CPU, "cpu", device_count, unavailable_reason, create_device};
+
+}  // namespace ep

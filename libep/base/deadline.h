@@ -1,0 +1,43 @@
+// A point in time that a wait may not pass. Every host wait in libep/ takes one.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+
+namespace ep {
+
+constexpr int64_t kTimeoutDefaultUs = 100'000'000;
+constexpr int64_t kTimeoutNever = -1;
+
+class Deadline {
+  public:
+    using Clock = std::chrono::steady_clock;
+
+    // `timeout_us` from now; kTimeoutNever: no deadline.
+    explicit Deadline(int64_t timeout_us)
+        : never_(timeout_us < 0),
+          timeout_us_(timeout_us),
+          end_(never_ ? Clock::time_point::max()
+                      : Clock::now() + std::chrono::microseconds(timeout_us)) {}
+
+    bool passed() const { return !never_ && Clock::now() >= end_; }
+
+    // For poll(2) and the like: [0, step_ms_max].
+    int remaining_ms(int step_ms_max) const {
+        if (never_) return step_ms_max;
+        const auto left =
+            std::chrono::duration_cast<std::chrono::milliseconds>(end_ - Clock::now()).count();
+        return left < 0 ? 0 : left > step_ms_max ? step_ms_max : static_cast<int>(left) + 1;
+    }
+
+    bool never() const { return never_; }
+    int64_t timeout_us() const { return timeout_us_; }
+    Clock::time_point end() const { return end_; }  // only if !never()
+
+  private:
+    bool never_;
+    int64_t timeout_us_;
+    Clock::time_point end_;
+};
+
+}  // namespace ep

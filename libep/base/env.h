@@ -1,0 +1,25 @@
+// Every environment variable that the library reads. Nothing else calls getenv.
+//
+//   RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT  the rendezvous, as torchrun sets them
+//   MOONCAKE_EP_PORT_OFFSET  added to MASTER_PORT; default 1
+//   MOONCAKE_EP_SECRET       must be the same on all ranks of a rendezvous by environment
+//   MOONCAKE_EP_CPU_THREADS  threads of a CPU rank
+//   MOONCAKE_EP_LOG          error, warning, info or debug; default warning
+#pragma once
+
+#include "mooncake_ep.h"
+
+#include <string>
+
+namespace ep {
+
+// The text of a variable; "" if it is not set.
+std::string env_text(const char *name);
+
+// The variable as an integer in [low, high]; `otherwise` if it is not set. Any other text is an
+// error that names the variable, its value and the range.
+mep_status_t env_integer(const char *name, long low, long high, long otherwise, long *value);
+
+int32_t env_log_level();
+
+}  // namespace ep

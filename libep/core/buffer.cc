@@ -1,0 +1,263 @@
+#include "core/buffer.h"
+
+#include "base/env.h"
+#include "base/log.h"
+#include "base/status.h"
+
+#include <algorithm>
+#include <thread>
+
+namespace ep {
+namespace {
+
+constexpr int kRoundsInFlightDefault = 2;
+constexpr uint32_t kPayloadsAll =
+    MEP_PAYLOAD_BF16 | MEP_PAYLOAD_FP16 | MEP_PAYLOAD_FP32 | MEP_PAYLOAD_FP8;
+
+mep_status_t check_range(const char *name, int64_t value, int64_t low, int64_t high) {
+    if (value >= low && value <= high) return MEP_OK;
+    return fail(MEP_INVALID_ARGUMENT, "config.%s is %lld; it must be in [%lld, %lld]", name,
+                static_cast<long long>(value), static_cast<long long>(low),
+                static_cast<long long>(high));
+}
+
+mep_status_t check_config(const mep_buffer_config_t &c, int rank_count) {
+    EP_TRY(check_range("token_count_max", c.token_count_max, 1, MEP_TOKEN_COUNT_MAX));
+    EP_TRY(check_range("hidden", c.hidden, MEP_HIDDEN_MULTIPLE, MEP_HIDDEN_MAX));
+    EP_TRY(check_range("expert_count", c.expert_count, 1, MEP_EXPERT_COUNT_MAX));
+    EP_TRY(check_range("topk_max", c.topk_max, 1, MEP_TOPK_MAX));
+    EP_TRY(
+        check_range("rounds_in_flight_max", c.rounds_in_flight_max, 0, MEP_ROUNDS_IN_FLIGHT_MAX));
+    EP_TRY(check_range("fp32_partials", c.fp32_partials, 0, 1));
+    EP_TRY(check_range("cpu_thread_count", c.cpu_thread_count, 0, MEP_CPU_THREAD_COUNT_MAX));
+    if (c.hidden % MEP_HIDDEN_MULTIPLE != 0)
+        return fail(MEP_INVALID_ARGUMENT, "config.hidden is %d; it must be a multiple of %d",
+                    c.hidden, MEP_HIDDEN_MULTIPLE);
+    if (c.expert_count % rank_count != 0)
+        return fail(MEP_INVALID_ARGUMENT,
+                    "config.expert_count is %d; it must be a multiple of the %d ranks",
+                    c.expert_count, rank_count);
+    if (int64_t{c.expert_count} * c.token_count_max > INT32_MAX)
+        return fail(MEP_INVALID_ARGUMENT,
+                    "config.expert_count %d times config.token_count_max %d must be below 2^31",
+                    c.expert_count, c.token_count_max);
+    if ((c.payload_types & ~kPayloadsAll) != 0)
+        return fail(MEP_INVALID_ARGUMENT,
+                    "config.payload_types is 0x%x; it must be made of MEP_PAYLOAD_* bits (0x%x)",
+                    c.payload_types, kPayloadsAll);
+    if ((c.payload_types & MEP_PAYLOAD_FP8) != 0 && c.hidden % MEP_SCALE_GROUP != 0)
+        return fail(MEP_INVALID_ARGUMENT,
+                    "config.hidden is %d; with MEP_PAYLOAD_FP8 it must be a multiple of %d",
+                    c.hidden, MEP_SCALE_GROUP);
+    return MEP_OK;
+}
+
+size_t row_bytes_max(const mep_buffer_config_t &c) {
+    const size_t hidden = c.hidden;
+    size_t bytes = 0;
+    if ((c.payload_types & MEP_PAYLOAD_FP8) != 0)
+        bytes = hidden + hidden / kScaleGroup * sizeof(float);
+    if ((c.payload_types & (MEP_PAYLOAD_BF16 | MEP_PAYLOAD_FP16)) != 0)
+        bytes = std::max(bytes, hidden * 2);
+    if ((c.payload_types & MEP_PAYLOAD_FP32) != 0) bytes = hidden * 4;
+    return bytes;
+}
+
+// Places of a handle's arrays in its memory, in the order of Routing.
+struct HandleLayout {
+    size_t state, choices, positions, token_counts, begins, row_counts, rows, weights, bytes;
+
+    static HandleLayout of(const Shape &s) {
+        HandleLayout l{};
+        const auto carve = [&l](size_t count, size_t element) {
+            const size_t offset = l.bytes;
+            l.bytes += Layout::lines(count * element);
+            return offset;
+        };
+        const size_t own = size_t(s.token_count_max) * s.topk_max, ranks = s.rank_count;
+        const size_t slots = ranks * s.token_count_max;
+        l.state = carve(1, sizeof(HandleState));
+        l.choices = carve(own, sizeof(int32_t));
+        l.positions = carve(own, sizeof(int32_t));
+        l.token_counts = carve(ranks, sizeof(int32_t));
+        l.begins = carve(s.expert_count / ranks * (ranks + 1), sizeof(int32_t));
+        l.row_counts = carve(slots, sizeof(int32_t));
+        l.rows = carve(slots * s.topk_max, sizeof(int32_t));
+        l.weights = carve(slots * s.topk_max, sizeof(float));
+        return l;
+    }
+};
+
+mep_status_t count_threads(const mep_buffer_config_t &config, int local_rank_count, int *count) {
+    constexpr int kThreadsDefaultMax = 4;  // more only helps where memory has more channels
+    *count = config.cpu_thread_count;
+    if (*count != 0) return MEP_OK;
+    const int cores = std::max(1u, std::thread::hardware_concurrency());
+    const long otherwise = std::clamp(cores / local_rank_count, 1, kThreadsDefaultMax);
+    long threads = 0;
+    EP_TRY(
+        env_integer("MOONCAKE_EP_CPU_THREADS", 1, MEP_CPU_THREAD_COUNT_MAX, otherwise, &threads));
+    *count = static_cast<int>(threads);
+    return MEP_OK;
+}
+
+// The ranks must have equal windows; `mine` against what `peer` says.
+mep_status_t compare(const mep_buffer_config_t &mine, const mep_buffer_config_t &theirs, int rank,
+                     int peer) {
+    const struct {
+        const char *name;
+        int64_t mine, theirs;
+    } fields[] = {
+        {"token_count_max", mine.token_count_max, theirs.token_count_max},
+        {"hidden", mine.hidden, theirs.hidden},
+        {"expert_count", mine.expert_count, theirs.expert_count},
+        {"topk_max", mine.topk_max, theirs.topk_max},
+        {"payload_types", mine.payload_types, theirs.payload_types},
+        {"rounds_in_flight_max", mine.rounds_in_flight_max, theirs.rounds_in_flight_max},
+        {"fp32_partials", mine.fp32_partials, theirs.fp32_partials},
+    };
+    for (const auto &field : fields)
+        if (field.mine != field.theirs)
+            return fail(MEP_MISMATCH, "config.%s is %lld on rank %d and %lld on rank %d",
+                        field.name, static_cast<long long>(field.mine), rank,
+                        static_cast<long long>(field.theirs), peer);
+    return MEP_OK;
+}
+
+}  // namespace
+
+mep_status_t BufferShape::of(const mep_buffer_config_t &config, int rank_count,
+                             BufferShape *shape) {
+    EP_TRY(check_range("rank_count", rank_count, 1, MEP_RANK_COUNT_MAX));
+    EP_TRY(check_config(config, rank_count));
+    mep_buffer_config_t c = config;
+    c.struct_size = sizeof c;
+    if (c.payload_types == 0)
+        c.payload_types =
+            c.hidden % MEP_SCALE_GROUP == 0 ? MEP_PAYLOAD_BF16 | MEP_PAYLOAD_FP8 : MEP_PAYLOAD_BF16;
+    if (c.rounds_in_flight_max == 0) c.rounds_in_flight_max = kRoundsInFlightDefault;
+    if ((c.payload_types & MEP_PAYLOAD_FP32) != 0) c.fp32_partials = 1;
+    const size_t partial_bytes = size_t(c.hidden) * (c.fp32_partials != 0 ? 4 : 2);
+    shape->config = c;
+    shape->layout = Layout::of({rank_count, c.expert_count, c.token_count_max, c.topk_max,
+                                2 * c.rounds_in_flight_max, row_bytes_max(c), partial_bytes});
+    return MEP_OK;
+}
+
+size_t BufferShape::handle_bytes() const {
+    return HandleLayout::of(layout.shape).bytes;
+}
+
+mep_status_t Buffer::create(std::shared_ptr<Group> group, const mep_buffer_config_t &config,
+                            mep_status_t config_status, std::unique_ptr<Buffer> *buffer) {
+    std::unique_ptr<Buffer> created(new Buffer);
+    created->group_ = std::move(group);
+    Group &g = *created->group_;
+    // From here on every rank takes every collective step, whatever became of its own.
+    mep_status_t status = config_status;
+    if (status == MEP_OK) status = BufferShape::of(config, g.rank_count(), &created->shape_);
+    EP_TRY(g.agree(status));
+    std::vector<mep_buffer_config_t> configs(g.rank_count());
+    EP_TRY(g.all_gather(&created->shape_.config, configs.data(), sizeof configs[0]));
+    for (int peer = 0; peer < g.rank_count(); ++peer)
+        EP_TRY(compare(created->shape_.config, configs[peer], g.rank(), peer));
+    EP_TRY(g.agree(created->allocate()));
+    EP_TRY(created->connect(created->windows_.handle()));
+    log(MEP_LOG_INFO, "rank %d: window of %zu bytes, %d threads", g.rank(),
+        created->shape_.layout.bytes, created->thread_count());
+    *buffer = std::move(created);
+    return MEP_OK;
+}
+
+mep_status_t Buffer::allocate() {
+    const Layout &layout = shape_.layout;
+    const int ranks = layout.shape.rank_count;
+    int threads = 0;
+    EP_TRY(count_threads(shape_.config, group_->local_rank_count(), &threads));
+    EP_TRY(create_workers(threads, &workers_));
+    EP_TRY(device()->allocate(sizeof(BufferState), &state_));
+    EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &active_));
+    EP_TRY(device()->allocate(
+        sizeof(int32_t) * layout.shape.expert_count * device()->kernels().tally_warps, &tally_));
+    EP_TRY(device()->allocate(sizeof(char *) * ranks, &windows_on_device_));
+    active_seen_.assign(ranks, 1);
+    EP_TRY(device()->write(active_.get(), active_seen_.data(), sizeof(int32_t) * ranks));
+    dispatches.set_limit(shape_.config.rounds_in_flight_max);
+    combines.set_limit(shape_.config.rounds_in_flight_max);
+    return windows_.create(device(), layout.bytes, ranks);
+}
+
+mep_status_t Buffer::connect(const WindowHandle &mine) {
+    std::vector<WindowHandle> handles(group_->rank_count());
+    EP_TRY(group_->all_gather(&mine, handles.data(), sizeof mine));
+    mep_status_t status = windows_.connect(device(), handles, group_->rank());
+    if (status == MEP_OK) {
+        const std::vector<char *> addresses = windows_.addresses();
+        status = device()->write(windows_on_device_.get(), addresses.data(),
+                                 sizeof(char *) * addresses.size());
+    }
+    EP_TRY(group_->agree(status));
+    windows_.seal();
+    return MEP_OK;
+}
+
+mep_status_t Buffer::counters(mep_buffer_counters_t *counters) const {
+    BufferState state;
+    EP_TRY(device()->read(&state, state_.get(), sizeof state));
+    *counters = {sizeof *counters,         0,
+                 state.dispatch_epoch,     state.combine_epoch,
+                 state.invalid_expert_ids, state.invalid_messages};
+    return MEP_OK;
+}
+
+Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) const {
+    const HandleLayout at = HandleLayout::of(shape_.layout.shape);
+    char *memory = static_cast<char *>(handle_memory);
+    const auto ints = [memory](size_t offset) {
+        return reinterpret_cast<int32_t *>(memory + offset);
+    };
+    const int64_t timeout = timeout_us == 0 ? group_->timeout_us() : timeout_us;
+    Round round{};
+    round.layout = shape_.layout;
+    round.rank = group_->rank();
+    round.windows = static_cast<char *const *>(windows_on_device_.get());
+    round.state = static_cast<BufferState *>(state_.get());
+    round.routing = {reinterpret_cast<HandleState *>(memory + at.state),
+                     ints(at.choices),
+                     ints(at.positions),
+                     ints(at.token_counts),
+                     ints(at.begins),
+                     ints(at.row_counts),
+                     ints(at.rows),
+                     reinterpret_cast<float *>(memory + at.weights)};
+    round.active = active == nullptr ? own_active() : active;
+    round.timeout_ns = timeout < 0 ? Round::kNever : uint64_t(timeout) * 1000;
+    round.hidden = shape_.config.hidden;
+    return round;
+}
+
+Queue Buffer::queue(void *stream) const {
+    Queue queue;
+    queue.stream = stream;
+    queue.workers = workers_.get();
+    return queue;
+}
+
+mep_status_t Buffer::find_new_failures(std::vector<int> *ranks) {
+    ranks->clear();
+    std::vector<int32_t> now(active_seen_.size());
+    EP_TRY(device()->read(now.data(), active_.get(), sizeof(int32_t) * now.size()));
+    for (size_t peer = 0; peer < now.size(); ++peer)
+        if (active_seen_[peer] != 0 && now[peer] == 0) ranks->push_back(static_cast<int>(peer));
+    active_seen_ = std::move(now);
+    return MEP_OK;
+}
+
+mep_status_t Handle::create(Buffer *buffer, std::unique_ptr<Handle> *handle) {
+    std::unique_ptr<Handle> created(new Handle(buffer));
+    EP_TRY(buffer->device()->allocate(buffer->shape().handle_bytes(), &created->memory_));
+    *handle = std::move(created);
+    return MEP_OK;
+}
+
+}  // namespace ep

@@ -1,0 +1,102 @@
+// A buffer: windows of one shape, and the rounds that go through them. A handle: the routing that
+// one dispatch leaves for its combines.
+#pragma once
+
+#include "mooncake_ep.h"
+
+#include "backend/backend.h"
+#include "core/group.h"
+#include "core/rounds.h"
+#include "transport/p2p.h"
+
+#include <memory>
+#include <vector>
+
+namespace ep {
+
+// A configuration with its defaults filled in, and what follows from it.
+struct BufferShape {
+    mep_buffer_config_t config;
+    Layout layout;
+
+    // Checks `config` for a group of `rank_count`.
+    static mep_status_t of(const mep_buffer_config_t &config, int rank_count, BufferShape *shape);
+
+    size_t handle_bytes() const;
+};
+
+class Buffer {
+  public:
+    static mep_status_t create(std::shared_ptr<Group> group, const mep_buffer_config_t &config,
+                               mep_status_t config_status, std::unique_ptr<Buffer> *buffer);
+
+    const Group &group() const { return *group_; }
+    Device *device() const { return group_->device(); }
+    const BufferShape &shape() const { return shape_; }
+    int thread_count() const { return workers_->count(); }
+    mep_status_t counters(mep_buffer_counters_t *counters) const;
+
+    // What every round of this buffer knows; `handle_memory` holds the routing.
+    Round round(void *handle_memory, int32_t *active, int64_t timeout_us) const;
+    Queue queue(void *stream) const;
+    int32_t *tally() const { return static_cast<int32_t *>(tally_.get()); }
+
+    // The mask for calls that bring none.
+    int32_t *own_active() const { return static_cast<int32_t *>(active_.get()); }
+
+    // The ranks that were masked in own_active() since the last call of this function.
+    mep_status_t find_new_failures(std::vector<int> *ranks);
+
+    Rounds dispatches, combines;
+
+  private:
+    Buffer()
+        : state_(nullptr, nullptr),
+          active_(nullptr, nullptr),
+          tally_(nullptr, nullptr),
+          windows_on_device_(nullptr, nullptr) {}
+    mep_status_t allocate();
+    mep_status_t connect(const WindowHandle &mine);
+
+    std::shared_ptr<Group> group_;
+    BufferShape shape_{};
+    PeerWindows windows_;
+    std::unique_ptr<Workers> workers_;
+    DeviceMemory state_, active_, tally_, windows_on_device_;
+    std::vector<int32_t> active_seen_;  // own_active() as of the last call
+};
+
+class Handle {
+  public:
+    static mep_status_t create(Buffer *buffer, std::unique_ptr<Handle> *handle);
+
+    Buffer *buffer() const { return buffer_; }
+    void *memory() const { return memory_.get(); }
+
+    enum class State { kEmpty, kInFlight, kReceived };
+    State dispatch = State::kEmpty;
+    bool combine_in_flight = false;
+    uint64_t dispatch_round = 0, combine_round = 0;  // in Rounds
+
+    // Of the dispatch.
+    int token_count = 0, topk = 0;
+
+  private:
+    explicit Handle(Buffer *buffer) : buffer_(buffer), memory_(nullptr, nullptr) {}
+    Buffer *buffer_;
+    DeviceMemory memory_;
+};
+
+}  // namespace ep
+
+struct mep_buffer {
+    std::unique_ptr<ep::Buffer> buffer;
+};
+
+struct mep_handle {
+    std::unique_ptr<ep::Handle> handle;
+};
+
+struct mep_group {
+    std::shared_ptr<ep::Group> group;
+};

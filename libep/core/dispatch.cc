@@ -1,0 +1,66 @@
+#include "base/log.h"
+#include "base/status.h"
+#include "core/operations.h"
+
+namespace ep {
+
+mep_status_t may_dispatch(const Call &call) {
+    const Handle &handle = *call.handle;
+    const bool in_flight = handle.dispatch == Handle::State::kInFlight;
+    if (call.buffer->group().left())
+        return fail(MEP_INVALID_STATE, "buffer: its group was destroyed");
+    if (!call.sends() && !in_flight)
+        return fail(MEP_INVALID_STATE, "handle: it has no dispatch to receive; send one first");
+    if (!call.sends()) return MEP_OK;
+    if (in_flight || handle.combine_in_flight)
+        return fail(MEP_INVALID_STATE, "handle: its last %s is still in flight; receive it first",
+                    in_flight ? "dispatch" : "combine");
+    return call.buffer->dispatches.may_send("dispatch");
+}
+
+mep_status_t dispatch(const Call &call, DispatchArgs args) {
+    Buffer &buffer = *call.buffer;
+    Handle &handle = *call.handle;
+    const int token_count = args.round.token_count, topk = args.round.topk;
+    args.round = buffer.round(handle.memory(), call.active, call.timeout_us);
+    args.round.token_count = token_count;
+    args.round.topk = topk;
+    args.tally = buffer.tally();
+    const Kernels &kernels = buffer.device()->kernels();
+    const Queue queue = buffer.queue(call.stream);
+    if (call.sends()) {
+        handle.token_count = token_count;
+        handle.topk = topk;
+        handle.dispatch = Handle::State::kInFlight;
+        handle.dispatch_round = buffer.dispatches.send();
+        EP_TRY(buffer.device()->launch_status(kernels.dispatch_send(args, queue)));
+    }
+    if (call.receives()) {
+        EP_TRY(buffer.device()->launch_status(kernels.dispatch_receive(args, queue)));
+        buffer.dispatches.receive(handle.dispatch_round);
+        handle.dispatch = Handle::State::kReceived;
+    }
+    return report_failed_peers(call, "dispatch");
+}
+
+mep_status_t report_failed_peers(const Call &call, const char *operation) {
+    if (!call.buffer->device()->is_synchronous() || call.active != nullptr) return MEP_OK;
+    std::vector<int> ranks;
+    EP_TRY(call.buffer->find_new_failures(&ranks));
+    if (ranks.empty()) return MEP_OK;
+    std::string names;
+    for (const int rank : ranks)
+        names += (names.empty() ? "" : ", ") + std::to_string(rank);
+    const int64_t timeout_us =
+        call.timeout_us == 0 ? call.buffer->group().timeout_us() : call.timeout_us;
+    const mep_status_t status =
+        fail(MEP_PEER_FAILED,
+             "%s %s missed the deadline of %s (%.3f s), or sent counts that break a limit, and %s "
+             "masked from now on",
+             ranks.size() == 1 ? "rank" : "ranks", names.c_str(), operation,
+             static_cast<double>(timeout_us) / 1e6, ranks.size() == 1 ? "is" : "are");
+    log(MEP_LOG_WARNING, "%s", last_error());
+    return status;
+}
+
+}  // namespace ep

@@ -1,0 +1,59 @@
+// One rank's membership: how it reaches its peers, and the facts that all have agreed on.
+#pragma once
+
+#include "mooncake_ep.h"
+
+#include "backend/backend.h"
+#include "base/deadline.h"
+#include "core/bootstrap.h"
+#include "transport/facts.h"
+
+#include <memory>
+#include <vector>
+
+namespace ep {
+
+class Group {
+  public:
+    // `config` as the caller gave it, already read. Collective.
+    static mep_status_t create(const mep_group_config_t &config, std::shared_ptr<Group> *group);
+
+    int rank() const { return membership_.rank; }
+    int rank_count() const { return membership_.rank_count; }
+    int64_t timeout_us() const { return timeout_us_; }
+    const Backend &backend() const { return *backend_; }
+    int device_id() const { return device_id_; }
+    Device *device() const { return device_.get(); }
+    const TransportChoice &transport(int peer) const { return transports_[peer]; }
+
+    // How many ranks share this rank's host.
+    int local_rank_count() const { return local_rank_count_; }
+
+    mep_status_t all_gather(const void *send, void *receive, size_t bytes);
+
+    // The same answer on every rank: `mine` if it failed, else the first failure of another rank,
+    // worded with that rank. Collective: every rank comes here, whatever its own status is.
+    mep_status_t agree(mep_status_t mine);
+
+    // After leave() every collective call fails.
+    void leave();
+    bool left() const { return left_; }
+
+  private:
+    Group() = default;
+    mep_status_t meet(const mep_group_config_t &config, const Deadline &deadline);
+    mep_status_t gather_facts(const Deadline &deadline);
+    mep_status_t choose_transports(const RankFacts *facts);
+
+    Membership membership_{};
+    int64_t timeout_us_ = 0;
+    int device_id_ = 0;
+    int local_rank_count_ = 1;
+    bool left_ = false;
+    const Backend *backend_ = nullptr;
+    std::shared_ptr<Device> device_;
+    std::unique_ptr<Bootstrap> bootstrap_;
+    std::vector<TransportChoice> transports_;
+};
+
+}  // namespace ep

@@ -1,0 +1,148 @@
+// The CPU as a device: one lane is one warp is one block. A launch is a call on each worker.
+#pragma once
+
+#include "device/queue.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <ctime>
+#include <sched.h>
+
+// One library holds the kernels for several levels of the instruction set, each in a namespace of
+// its own; EP_CPU_LEVEL names the level that a translation unit is compiled for.
+#if !defined(EP_CPU_LEVEL)
+#define EP_CPU_LEVEL cpu
+#endif
+#define EP_DEVICE_NAMESPACE EP_CPU_LEVEL
+#define EP_DEVICE inline __attribute__((always_inline))
+#define EP_KERNEL inline void
+#define EP_UNROLL
+
+namespace ep::EP_DEVICE_NAMESPACE {
+
+constexpr int kWarpSize = 1;
+
+struct Place {
+    int block = 0;
+    int block_count = 1;
+};
+inline thread_local Place place;
+
+struct Equals {
+    int total;  // lanes with this key
+    int lower;  // of them, those before this lane
+};
+
+struct Lane {
+    static int rank() { return 0; }
+    static int size() { return 1; }
+    static void sync() {}
+    static int index_in_block() { return 0; }
+    static int count_in_block() { return 1; }
+    template <class T>
+    static T broadcast(T value) {
+        return value;
+    }
+    template <int kLanes>
+    static float max_over(float value) {
+        static_assert(kLanes == 1, "a CPU warp has one lane");
+        return value;
+    }
+    static Equals equals(int) { return {1, 0}; }
+};
+struct Thread : Lane {};
+struct Warp : Lane {};
+struct Block : Lane {};
+
+template <class Group>
+int grid_index() {
+    return place.block;
+}
+template <class Group>
+int grid_count() {
+    return place.block_count;
+}
+
+#include "device/host_atomics.h"
+
+// As wide as a vector register of the level.
+#if defined(__AVX512F__)
+constexpr int kPack = 16;
+#elif defined(__AVX2__)
+constexpr int kPack = 8;
+#else
+constexpr int kPack = 4;
+#endif
+constexpr int kPackMin = kPack < 8 ? kPack : 8;
+
+template <class T, int kCount>
+struct VectorOf {
+    typedef T Type __attribute__((vector_size(sizeof(T) * kCount)));
+};
+template <int kCount>
+using Pack = typename VectorOf<float, kCount>::Type;
+
+template <class Type, int kCount>
+EP_DEVICE Pack<kCount> widen(const char *from) {
+    using Bits = typename VectorOf<uint32_t, kCount>::Type;
+    typename VectorOf<typename Type::Storage, kCount>::Type raw;
+    __builtin_memcpy(&raw, from, sizeof raw);
+    return Type::template decode<Pack<kCount>, Bits>(__builtin_convertvector(raw, Bits));
+}
+template <class Type, int kCount>
+EP_DEVICE void narrow(char *to, const Pack<kCount> &values) {
+    using Bits = typename VectorOf<uint32_t, kCount>::Type;
+    using Raw = typename VectorOf<typename Type::Storage, kCount>::Type;
+    const Raw raw =
+        __builtin_convertvector((Type::template encode<Bits, Pack<kCount>>(values)), Raw);
+    __builtin_memcpy(to, &raw, sizeof raw);
+}
+template <class Floats>
+EP_DEVICE void add(Floats *sum, const Floats &values) {
+    *sum += values;
+}
+template <class Floats>
+EP_DEVICE Floats scaled(float factor, const Floats &values) {
+    return factor * values;
+}
+template <class Floats>
+EP_DEVICE float max_magnitude(const Floats &values) {
+    float largest = 0;
+    for (size_t i = 0; i < sizeof values / sizeof(float); ++i) {
+        const float magnitude = values[i] < 0 ? -values[i] : values[i];
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+template <class Args>
+void launch_one(void (*kernel)(Args), const Args &args, const Queue &) {
+    place = {};
+    kernel(args);
+}
+
+template <class Args>
+void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue) {
+    if (queue.workers == nullptr || queue.workers->count() == 1) {
+        launch_one(kernel, args, queue);
+        return;
+    }
+    struct Call {
+        void (*kernel)(Args);
+        const Args *args;
+        int block_count;
+    } call{kernel, &args, queue.workers->count()};
+    queue.workers->run(
+        [](void *context, int block) {
+            const Call &c = *static_cast<Call *>(context);
+            place = {block, c.block_count};
+            c.kernel(*c.args);
+        },
+        &call);
+}
+
+inline int launch_error() {
+    return 0;
+}
+
+}  // namespace ep::EP_DEVICE_NAMESPACE

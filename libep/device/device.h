@@ -1,0 +1,76 @@
+// The device vocabulary: everything a kernel may say about the hardware.
+//
+//   Thread, Warp, Block          groups: rank(), size(), sync(); Warp and Thread have
+//                                index_in_block() and count_in_block()
+//   kWarpSize                    32 on CUDA, 64 on MACA, 1 on the CPU
+//   Warp::broadcast(v)           lane 0's value
+//   Warp::max_over<N>(v)         the largest among N neighbouring lanes (N divides kWarpSize)
+//   Warp::equals(key)            how many lanes hold the same key, and how many of them are lower
+//   grid_index<G>, grid_count<G> this group among all of the launch
+//   load, store, fetch_add       device scope, relaxed: no order, but no race
+//   publish<G>(word, v)          all that G stored before is visible to whoever observes v in word,
+//                                also on another device
+//   observe<G>(word)             the word's value, and after it all that was published with it
+//   now_ns, pause(attempt)       for waits that end; a pause grows with the attempts before it
+//   Vector                       16 bytes, the unit of bulk accesses
+//   Pack<n>, kPack               n floats that one lane handles at once, and how many are best;
+//   rows are
+//                                multiples of kPackMin
+//   widen<T>, narrow<T>          a pack from and to memory of element type T (kernels/cast.h)
+//   add, scaled, max_magnitude   arithmetic of packs; no product is fused with a sum, so that all
+//   devices
+//                                give the same bits
+//   copy<G>                      bytes in 16-byte steps; both ends 16-byte aligned
+//   fan_out<G>                   one row read once, written to several places
+//   launch_one, launch_all       host side: one block; as many as the queue asks for
+//   launch_error                 host side: 0, or the error of the launches before
+//
+// Only this file names vendors. Each header defines every word, in a namespace of its own
+// (EP_DEVICE_NAMESPACE), so that one library can hold several devices. A word enters the vocabulary
+// only if every device can keep its whole meaning: there are no no-op stubs. Grid-wide barriers,
+// bulk copies and named barriers are out: order across a grid is the boundary between two kernels.
+#pragma once
+
+#if defined(EP_DEVICE_CUDA)
+#include "device/cuda.h"
+#elif defined(EP_DEVICE_EMU)
+#include "device/emu.h"
+#else
+#include "device/cpu.h"
+#endif
+
+namespace ep::EP_DEVICE_NAMESPACE {
+
+struct alignas(16) Vector {
+    uint64_t words[2];
+};
+
+template <class Group>
+EP_DEVICE void copy(char *to, const char *from, size_t bytes) {
+    if constexpr (kWarpSize == 1) {
+        __builtin_memcpy(to, from, bytes);
+    } else {
+        for (size_t i = Group::rank(); i < bytes / sizeof(Vector); i += Group::size())
+            reinterpret_cast<Vector *>(to)[i] = reinterpret_cast<const Vector *>(from)[i];
+    }
+}
+
+constexpr int kFanOut = 4;  // targets of one pass: their addresses stay in registers
+
+// Copies `bytes` from one row to the first `count` of `to`.
+template <class Group>
+EP_DEVICE void fan_out(char *const (&to)[kFanOut], int count, const char *from, size_t bytes) {
+    if constexpr (kWarpSize == 1) {
+        for (int i = 0; i < count; ++i)
+            __builtin_memcpy(to[i], from, bytes);
+    } else {
+        for (size_t v = Group::rank(); v < bytes / sizeof(Vector); v += Group::size()) {
+            const Vector vector = reinterpret_cast<const Vector *>(from)[v];
+            EP_UNROLL
+            for (int i = 0; i < kFanOut; ++i)
+                if (i < count) reinterpret_cast<Vector *>(to[i])[v] = vector;
+        }
+    }
+}
+
+}  // namespace ep::EP_DEVICE_NAMESPACE

@@ -1,0 +1,160 @@
+// A GPU made of host threads, one per lane, for tests: kernels run at any warp width under the
+// sanitizers, so that errors of lanes and of memory order show without a GPU.
+#pragma once
+
+#include "device/queue.h"
+
+#include <barrier>
+#include <cstddef>
+#include <cstdint>
+#include <ctime>
+#include <memory>
+#include <sched.h>
+#include <thread>
+#include <vector>
+
+#define EP_DEVICE_NAMESPACE emu
+#define EP_DEVICE inline
+#define EP_KERNEL inline void
+#define EP_UNROLL
+
+#if !defined(EP_EMU_WARP_SIZE)
+#define EP_EMU_WARP_SIZE 64
+#endif
+
+namespace ep::emu {
+
+constexpr int kWarpSize = EP_EMU_WARP_SIZE;
+constexpr int kWarpsPerBlock = 2;
+constexpr int kThreads = kWarpsPerBlock * kWarpSize;
+constexpr int kManyBlocks = 3;
+
+// Lanes that exchange values: each writes its own cell, all meet, each reads.
+struct Team {
+    explicit Team(int size) : barrier(size), cells(size) {}
+    std::barrier<> barrier;
+    std::vector<uint64_t> cells;
+};
+
+struct Place {
+    int thread, block, block_count;
+    Team *warp, *whole;
+};
+inline thread_local Place place;
+
+struct Equals {
+    int total;  // lanes with this key
+    int lower;  // of them, those before this lane
+};
+
+struct Thread {
+    static int rank() { return 0; }
+    static int size() { return 1; }
+    static void sync() {}
+    static int index_in_block() { return place.thread; }
+    static int count_in_block() { return kThreads; }
+    template <class T>
+    static T broadcast(T value) {
+        return value;
+    }
+};
+
+struct Warp {
+    static int rank() { return place.thread % kWarpSize; }
+    static int size() { return kWarpSize; }
+    static void sync() { place.warp->barrier.arrive_and_wait(); }
+    static int index_in_block() { return place.thread / kWarpSize; }
+    static int count_in_block() { return kWarpsPerBlock; }
+    template <class T>
+    static T broadcast(T value) {
+        static_assert(sizeof(T) <= sizeof(uint64_t), "a cell holds 8 bytes");
+        exchange(value);
+        __builtin_memcpy(&value, &place.warp->cells[0], sizeof value);
+        sync();
+        return value;
+    }
+    template <int kLanes>
+    static float max_over(float value) {
+        static_assert(kWarpSize % kLanes == 0, "neighbours fill the warp");
+        exchange(value);
+        const int first = rank() / kLanes * kLanes;
+        for (int lane = first; lane < first + kLanes; ++lane) {
+            float other;
+            __builtin_memcpy(&other, &place.warp->cells[lane], sizeof other);
+            if (other > value) value = other;
+        }
+        sync();
+        return value;
+    }
+    static Equals equals(int key) {
+        exchange(key);
+        Equals found{0, 0};
+        for (int lane = 0; lane < kWarpSize; ++lane) {
+            int other;
+            __builtin_memcpy(&other, &place.warp->cells[lane], sizeof other);
+            found.total += other == key;
+            found.lower += other == key && lane < rank();
+        }
+        sync();
+        return found;
+    }
+
+  private:
+    template <class T>
+    static void exchange(T value) {
+        __builtin_memcpy(&place.warp->cells[rank()], &value, sizeof value);
+        sync();
+    }
+};
+
+struct Block {
+    static int rank() { return place.thread; }
+    static int size() { return kThreads; }
+    static void sync() { place.whole->barrier.arrive_and_wait(); }
+};
+
+template <class Group>
+int grid_index() {
+    return place.block * Group::count_in_block() + Group::index_in_block();
+}
+template <class Group>
+int grid_count() {
+    return place.block_count * Group::count_in_block();
+}
+
+#include "device/host_atomics.h"
+#include "device/lanes.h"
+
+template <class Args>
+void launch_blocks(int block_count, void (*kernel)(Args), const Args &args) {
+    std::vector<std::unique_ptr<Team>> teams;
+    std::vector<std::thread> threads;
+    for (int block = 0; block < block_count; ++block) {
+        Team *whole = teams.emplace_back(std::make_unique<Team>(kThreads)).get();
+        Team *warp = nullptr;
+        for (int thread = 0; thread < kThreads; ++thread) {
+            if (thread % kWarpSize == 0)
+                warp = teams.emplace_back(std::make_unique<Team>(kWarpSize)).get();
+            threads.emplace_back([=, &args] {
+                place = {thread, block, block_count, warp, whole};
+                kernel(args);
+            });
+        }
+    }
+    for (std::thread &thread : threads)
+        thread.join();
+}
+
+template <class Args>
+void launch_one(void (*kernel)(Args), const Args &args, const Queue &) {
+    launch_blocks(1, kernel, args);
+}
+template <class Args>
+void launch_all(void (*kernel)(Args), const Args &args, const Queue &) {
+    launch_blocks(kManyBlocks, kernel, args);
+}
+inline int launch_error() {
+    return 0;
+}
+
+}  // namespace ep::emu

@@ -1,0 +1,45 @@
+// Memory words of the vocabulary on host threads; the CPU and the emulated GPU share them. Included
+// inside the device's namespace by cpu.h and emu.h.
+
+template <class T>
+T load(const T *from) {
+    return __atomic_load_n(from, __ATOMIC_RELAXED);
+}
+template <class T>
+void store(T *to, T value) {
+    __atomic_store_n(to, value, __ATOMIC_RELAXED);
+}
+template <class T>
+T fetch_add(T *to, T value) {
+    return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
+
+template <class Group>
+void publish(uint64_t *word, uint64_t value) {
+    Group::sync();
+    if (Group::rank() == 0) __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
+template <class Group>
+uint64_t observe(const uint64_t *word) {
+    return Group::broadcast(Group::rank() == 0 ? __atomic_load_n(word, __ATOMIC_ACQUIRE) : 0);
+}
+
+inline uint64_t now_ns() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return uint64_t(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
+}
+
+// Spins for a while, then lets others run: there may be more ranks than cores.
+inline void pause(uint32_t attempt) {
+    constexpr uint32_t kSpins = 64;
+    if (attempt >= kSpins) {
+        sched_yield();
+        return;
+    }
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}

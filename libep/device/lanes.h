@@ -1,0 +1,64 @@
+// Words for the floats of one lane on devices whose lanes are scalar; emu.h and cuda.h share them.
+// Included inside the device's namespace.
+
+constexpr int kPack = 8;  // 16 bytes of a 2-byte type
+constexpr int kPackMin = kPack;
+
+template <int kCount>
+struct Pack {
+    float lane[kCount];
+};
+
+// A pack in memory, moved in as few accesses as 16 bytes allow.
+constexpr int access_bytes(int bytes) {
+    return bytes < 16 ? bytes : 16;
+}
+template <class Storage, int kCount>
+struct alignas(access_bytes(sizeof(Storage) * kCount)) RawPack {
+    Storage lane[kCount];
+};
+
+template <class Type, int kCount>
+EP_DEVICE Pack<kCount> widen(const char *from) {
+    using Raw = RawPack<typename Type::Storage, kCount>;
+    const Raw raw = *reinterpret_cast<const Raw *>(from);
+    Pack<kCount> values;
+    EP_UNROLL
+    for (int i = 0; i < kCount; ++i)
+        values.lane[i] = Type::template decode<float, uint32_t>(raw.lane[i]);
+    return values;
+}
+template <class Type, int kCount>
+EP_DEVICE void narrow(char *to, const Pack<kCount> &values) {
+    using Raw = RawPack<typename Type::Storage, kCount>;
+    Raw raw;
+    EP_UNROLL
+    for (int i = 0; i < kCount; ++i)
+        raw.lane[i] = static_cast<typename Type::Storage>(
+            Type::template encode<uint32_t, float>(values.lane[i]));
+    *reinterpret_cast<Raw *>(to) = raw;
+}
+template <int kCount>
+EP_DEVICE void add(Pack<kCount> *sum, const Pack<kCount> &values) {
+    EP_UNROLL
+    for (int i = 0; i < kCount; ++i)
+        sum->lane[i] += values.lane[i];
+}
+template <int kCount>
+EP_DEVICE Pack<kCount> scaled(float factor, const Pack<kCount> &values) {
+    Pack<kCount> product;
+    EP_UNROLL
+    for (int i = 0; i < kCount; ++i)
+        product.lane[i] = factor * values.lane[i];
+    return product;
+}
+template <int kCount>
+EP_DEVICE float max_magnitude(const Pack<kCount> &values) {
+    float largest = 0;
+    EP_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+        const float magnitude = values.lane[i] < 0 ? -values.lane[i] : values.lane[i];
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}

@@ -1,0 +1,172 @@
+// Conversions between element types, in integer arithmetic that is the same on every device. All
+// round to nearest, ties to even. Each is written once for a single value and, on the CPU, for a
+// vector of them: Bits is uint32_t or a vector of it, Float likewise.
+#pragma once
+
+#include "device/device.h"
+#include "wire/message.h"
+
+namespace ep::EP_DEVICE_NAMESPACE {
+
+template <class To, class From>
+EP_DEVICE To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+struct Bf16 {
+    using Storage = uint16_t;
+
+    template <class Float, class Bits>
+    EP_DEVICE static Float decode(Bits value) {
+        return bit_cast<Float>(value << 16);
+    }
+    template <class Bits, class Float>
+    EP_DEVICE static Bits encode(Float value) {
+        const Bits bits = bit_cast<Bits>(value);
+        const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        const Bits quiet_nan = bits >> 16 | 0x40;
+        return (bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded;
+    }
+};
+
+struct Fp16 {
+    using Storage = uint16_t;
+
+    template <class Float, class Bits>
+    EP_DEVICE static Float decode(Bits value) {
+        const Bits magnitude = value & 0x7fff;
+        // As if the exponent had the bias of a float, then 2^112 times that: right for subnormals
+        // too.
+        const Bits finite = bit_cast<Bits>(bit_cast<Float>(magnitude << 13) * 0x1p112f);
+        const Bits special = magnitude << 13 | 0x7f800000;
+        return bit_cast<Float>((magnitude >= 0x7c00 ? special : finite) | (value & 0x8000) << 16);
+    }
+    template <class Bits, class Float>
+    EP_DEVICE static Bits encode(Float value) {
+        const Bits bits = bit_cast<Bits>(value), magnitude = bits & 0x7fffffff;
+        const Bits normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+        // Adding 0.5 leaves the subnormal's bits, rounded, at the low end of the sum.
+        const Bits subnormal = bit_cast<Bits>(bit_cast<Float>(magnitude) + 0.5f) - 0x3f000000;
+        const Bits finite = magnitude >= 0x38800000 ? normal : subnormal;
+        const Bits infinity = magnitude - magnitude + 0x7c00;
+        const Bits special = magnitude > 0x7f800000 ? infinity | 0x200 : infinity;
+        return (magnitude >= 0x47800000 ? special : finite) | (bits >> 16 & 0x8000);
+    }
+};
+
+struct Fp32 {
+    using Storage = uint32_t;
+
+    template <class Float, class Bits>
+    EP_DEVICE static Float decode(Bits value) {
+        return bit_cast<Float>(value);
+    }
+    template <class Bits, class Float>
+    EP_DEVICE static Bits encode(Float value) {
+        return bit_cast<Bits>(value);
+    }
+};
+
+constexpr float kFp8Max = 448.0f;  // the largest float8_e4m3fn
+
+// Saturates: what is beyond kFp8Max becomes kFp8Max. NaN stays NaN.
+struct Fp8 {
+    using Storage = uint8_t;
+
+    template <class Bits, class Float>
+    EP_DEVICE static Bits encode(Float value) {
+        const Bits bits = bit_cast<Bits>(value), magnitude = bits & 0x7fffffff;
+        const Bits normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120u << 3);
+        // 2^14 has a unit in the last place of 2^-9, the smallest float8_e4m3fn.
+        const Bits subnormal = bit_cast<Bits>(bit_cast<Float>(magnitude) + 0x1p14f) - 0x46800000;
+        const Bits finite = magnitude >= 0x3c800000 ? normal : subnormal;
+        const Bits largest = magnitude - magnitude + 0x7e;
+        const Bits clamped = magnitude > 0x43e00000 ? largest : finite;
+        return (magnitude > 0x7f800000 ? largest | 1 : clamped) | (bits >> 24 & 0x80);
+    }
+};
+
+template <Element kType>
+struct TypeOf;
+template <>
+struct TypeOf<Element::kBf16> : Bf16 {};
+template <>
+struct TypeOf<Element::kFp16> : Fp16 {};
+template <>
+struct TypeOf<Element::kFp32> : Fp32 {};
+
+// Channels [first, first + kCount) of a row.
+template <Element kType, int kCount>
+EP_DEVICE Pack<kCount> load_channels(const char *row, int first) {
+    using Type = TypeOf<kType>;
+    return widen<Type, kCount>(row + first * sizeof(typename Type::Storage));
+}
+template <Element kType, int kCount>
+EP_DEVICE void store_channels(char *row, int first, const Pack<kCount> &values) {
+    using Type = TypeOf<kType>;
+    narrow<Type, kCount>(row + first * sizeof(typename Type::Storage), values);
+}
+
+// The scale of channels whose largest magnitude is `amax`, and its inverse.
+struct Fp8Scale {
+    float scale, inverse;
+
+    EP_DEVICE static Fp8Scale of(float amax, bool power_of_two) {
+        constexpr float kAmaxMin = 1e-4f;
+        amax = amax < kAmaxMin ? kAmaxMin : amax;
+        if (!power_of_two) return {amax / kFp8Max, kFp8Max / amax};
+        const auto bits = bit_cast<uint32_t>(amax / kFp8Max);
+        const uint32_t exponent = (bits >> 23) + ((bits & 0x7fffff) != 0);
+        constexpr uint32_t kInfinity = 255;
+        const uint32_t inverse = exponent == kInfinity ? 0 : 254 - exponent;
+        return {bit_cast<float>(exponent << 23), bit_cast<float>(inverse << 23)};
+    }
+};
+
+// A row's place and that of its scales.
+struct RowTargets {
+    char *row[kFanOut];
+    float *scales[kFanOut];
+    int64_t scale_stride;  // from group to group
+    int count;
+};
+
+// Casts one row to float8_e4m3fn with a scale per kScaleGroup channels, into each target. A group
+// of channels belongs to as many lanes as have a pack of them each, or to the whole of a narrower
+// warp.
+template <Element kType>
+EP_DEVICE void cast_fan_out(const RowTargets &to, const char *from, int hidden, bool power_of_two) {
+    constexpr int kPacksOfGroup = kScaleGroup / kPack;
+    constexpr int kLanes = kWarpSize < kPacksOfGroup ? kWarpSize : kPacksOfGroup;
+    constexpr int kPacks = kPacksOfGroup / kLanes;  // of a lane
+    const int lane = Warp::rank() % kLanes, groups_at_once = Warp::size() / kLanes;
+    const int groups = hidden / kScaleGroup;
+    for (int first = 0; first < groups; first += groups_at_once) {
+        const int group = first + Warp::rank() / kLanes;
+        const bool inside = group < groups;  // all lanes stay for max_over
+        const int channel = group * kScaleGroup + lane * kPacks * kPack;
+        Pack<kPack> values[kPacks] = {};
+        float amax = 0;
+        EP_UNROLL
+        for (int i = 0; i < kPacks; ++i) {
+            if (inside) values[i] = load_channels<kType, kPack>(from, channel + i * kPack);
+            const float magnitude = max_magnitude(values[i]);
+            amax = magnitude > amax ? magnitude : amax;
+        }
+        amax = Warp::max_over<kLanes>(amax);
+        if (!inside) continue;
+        const Fp8Scale scale = Fp8Scale::of(amax, power_of_two);
+        EP_UNROLL
+        for (int i = 0; i < kPacks; ++i)
+            for (int target = 0; target < to.count; ++target)
+                narrow<Fp8, kPack>(to.row[target] + channel + i * kPack,
+                                   scaled(scale.inverse, values[i]));
+        for (int target = 0; lane == 0 && target < to.count; ++target)
+            to.scales[target][group * to.scale_stride] = scale.scale;
+    }
+}
+
+}  // namespace ep::EP_DEVICE_NAMESPACE

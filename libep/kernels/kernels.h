@@ -1,0 +1,104 @@
+// What the host may launch. No device code: the core includes this, and each backend fills one
+// Kernels from the same kernel sources.
+#pragma once
+
+#include "device/queue.h"
+#include "wire/layout.h"
+
+namespace ep {
+
+// One per buffer, in device memory; the kernels advance the epochs, so that a launch may be
+// replayed.
+struct BufferState {
+    uint64_t dispatch_epoch, combine_epoch;  // of the last round sent
+    uint64_t invalid_expert_ids, invalid_messages;
+};
+
+struct HandleState {
+    uint64_t dispatch_epoch, combine_epoch;  // of the handle's last round of each
+    uint64_t wait_began_ns;                  // when the phase began that timeouts count from
+};
+
+// What a handle remembers of its dispatch, in device memory. "Slots" are [source][token].
+struct Routing {
+    // A choice: an expert's id, kNoChoice, or repeat_of(id) if the token named it before.
+    static constexpr int32_t kNoChoice = -1;
+    EP_HOST_DEVICE static int32_t repeat_of(int32_t expert) { return -2 - expert; }
+
+    HandleState *state;
+    int32_t *choices;  // [token][topk]  of this rank's tokens
+    int32_t
+        *positions;  // [token][topk]  rank of the choice among this rank's tokens for that expert
+    int32_t *token_counts;  // [source]     tokens of each rank; 0 for a masked one
+    int32_t *begins;        // [local expert][source + 1]  first row of each source; the end
+    int32_t *row_counts;    // [slot]  distinct local experts of a token
+    int32_t *rows;   // [slot][topk_max]  their rows, counted over all experts' regions; -1: none
+    float *weights;  // [slot][topk_max]  their weights
+};
+
+// What any round knows.
+struct Round {
+    Layout layout;
+    int rank;
+    char *const *windows;  // [rank] each rank's window, as mapped here
+    BufferState *state;
+    Routing routing;
+    int32_t *active;      // [rank] 1: takes part; a peer that misses the deadline gets 0
+    uint64_t timeout_ns;  // kNever: wait for ever
+    int token_count;      // of this rank
+    int topk;  // K of the dispatch, the stride of the caller's topk arrays and of choices
+    int hidden;
+
+    static constexpr uint64_t kNever = ~uint64_t{0};
+};
+
+// A strided float array of scales, [expert][row][group]; strides in elements.
+struct Scales {
+    float *data;
+    int64_t expert_stride, row_stride, group_stride;
+};
+
+enum class Quant : int32_t { kNone, kFp8, kFp8Pow2 };
+
+struct DispatchArgs {
+    Round round;
+    int32_t *tally;  // scratch [warp of a block][E]
+    const void *topk_idx;
+    int topk_idx_bytes;         // 4 or 8
+    const float *topk_weights;  // nullptr: all 1
+    const char *x;
+    size_t x_stride;  // bytes from token to token
+    Element x_type;
+    Scales x_scales;  // expert_stride unused
+    Quant quant;
+    char *out_x;
+    Scales out_scales;
+    int32_t *out_count;
+    int32_t *out_src_info;      // or nullptr
+    int64_t *out_layout_range;  // or nullptr
+
+    EP_HOST_DEVICE Element out_type() const {
+        return quant == Quant::kNone ? x_type : Element::kFp8;
+    }
+};
+
+struct CombineArgs {
+    Round round;
+    Element x_type;
+    bool fp32_partials;
+    const char *x;
+    const float *topk_weights;  // nullptr: those of the dispatch
+    char *out;
+    size_t out_stride;  // bytes from token to token
+};
+
+// Each returns 0 or the device runtime's error. `tally_warps` is how many warps a block has.
+struct Kernels {
+    int tally_warps;
+    int (*dispatch_send)(const DispatchArgs &args, const Queue &queue);
+    int (*dispatch_receive)(const DispatchArgs &args, const Queue &queue);
+    int (*combine_send)(const CombineArgs &args, const Queue &queue);
+    int (*combine_receive)(const CombineArgs &args, const Queue &queue);
+};
+
+}  // namespace ep

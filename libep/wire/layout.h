@@ -1,0 +1,125 @@
+// Where everything is in a rank's window. The host, the kernels and the tests all ask this one
+// struct, and it computes each offset exactly once.
+//
+// A window holds `slot_count` slots, one per round in flight; a round of epoch n uses slot n mod
+// slot_count. Dispatch and combine have epochs, and so slots, of their own. In each slot:
+//
+//   counts    [source][local expert, then one for the token count]  Signal
+//   messages  [box][token]  message.h
+//   arrivals  [source]      Signal: the source has begun this combine
+//   weights   [box][token]  Signal, then a float per entry of the token's dispatch message
+//   partials  [box][token]  Signal, then the row
+//
+// A box is a source other than the owner: a rank's own tokens never pass through its window.
+#pragma once
+
+#include "wire/message.h"
+#include "wire/signal.h"
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ep {
+
+struct Shape {
+    int rank_count;
+    int expert_count;
+    int token_count_max;
+    int topk_max;
+    int slot_count;
+    size_t row_bytes_max;      // payload of a dispatch message, scales included
+    size_t partial_bytes_max;  // payload of a combine row
+};
+
+struct Layout {
+    static constexpr size_t kLineBytes = 128;  // of NVLink, L2 and two CPU cache lines
+
+    Shape shape;
+    int local_expert_count;
+    size_t head_bytes, message_bytes, weight_bytes, partial_bytes;
+    // Offsets: of each region in a slot, of the combine slots, and the end.
+    size_t counts, messages, dispatch_slot_bytes;
+    size_t arrivals, weights, partials, combine_slot_bytes;
+    size_t combine_slots, bytes;
+
+    static constexpr size_t lines(size_t bytes) {
+        return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
+    }
+
+    static Layout of(const Shape &shape) {
+        Layout l{};
+        l.shape = shape;
+        l.local_expert_count = shape.expert_count / shape.rank_count;
+        l.head_bytes = lines(kHeadFlagBytes + sizeof(Entry) * shape.topk_max);
+        l.message_bytes = l.head_bytes + lines(shape.row_bytes_max);
+        l.weight_bytes = lines(kHeadFlagBytes + sizeof(float) * shape.topk_max);
+        l.partial_bytes = kLineBytes + lines(shape.partial_bytes_max);
+        const size_t boxed = size_t(shape.rank_count - 1) * shape.token_count_max;
+        const auto carve = [](size_t *end, size_t bytes) {
+            const size_t offset = *end;
+            *end += lines(bytes);
+            return offset;
+        };
+        l.counts = carve(&l.dispatch_slot_bytes,
+                         sizeof(uint64_t) * shape.rank_count * (l.local_expert_count + 1));
+        l.messages = carve(&l.dispatch_slot_bytes, l.message_bytes * boxed);
+        l.arrivals = carve(&l.combine_slot_bytes, sizeof(uint64_t) * shape.rank_count);
+        l.weights = carve(&l.combine_slot_bytes, l.weight_bytes * boxed);
+        l.partials = carve(&l.combine_slot_bytes, l.partial_bytes * boxed);
+        l.combine_slots = l.dispatch_slot_bytes * shape.slot_count;
+        l.bytes = l.combine_slots + l.combine_slot_bytes * shape.slot_count;
+        return l;
+    }
+
+    // The window of rank `owner`, mapped at `window`, in the round of `epoch`.
+    EP_HOST_DEVICE uint64_t *count(char *window, uint64_t epoch, int source, int index) const {
+        char *first = dispatch_slot(window, epoch) + counts;
+        return word(first) + size_t(source) * (local_expert_count + 1) + index;
+    }
+    EP_HOST_DEVICE uint64_t *token_count(char *window, uint64_t epoch, int source) const {
+        return count(window, epoch, source, local_expert_count);
+    }
+    EP_HOST_DEVICE char *message(char *window, uint64_t epoch, int owner, int source,
+                                 int token) const {
+        return dispatch_slot(window, epoch) + messages +
+               index_in_boxes(owner, source, token) * message_bytes;
+    }
+    EP_HOST_DEVICE uint64_t *arrival(char *window, uint64_t epoch, int source) const {
+        return word(combine_slot(window, epoch) + arrivals) + source;
+    }
+    EP_HOST_DEVICE char *weight(char *window, uint64_t epoch, int owner, int source,
+                                int token) const {
+        return combine_slot(window, epoch) + weights +
+               index_in_boxes(owner, source, token) * weight_bytes;
+    }
+    EP_HOST_DEVICE char *partial(char *window, uint64_t epoch, int owner, int source,
+                                 int token) const {
+        return combine_slot(window, epoch) + partials +
+               index_in_boxes(owner, source, token) * partial_bytes;
+    }
+
+    // Inside a message, a weight or a partial.
+    EP_HOST_DEVICE static uint64_t *flag(char *head) { return word(head); }
+    EP_HOST_DEVICE static Entry *entries(char *message) {
+        return reinterpret_cast<Entry *>(message + kHeadFlagBytes);
+    }
+    EP_HOST_DEVICE char *payload(char *message) const { return message + head_bytes; }
+    EP_HOST_DEVICE static float *weight_values(char *weight) {
+        return reinterpret_cast<float *>(weight + kHeadFlagBytes);
+    }
+    EP_HOST_DEVICE static char *partial_row(char *partial) { return partial + kLineBytes; }
+
+  private:
+    EP_HOST_DEVICE static uint64_t *word(char *at) { return reinterpret_cast<uint64_t *>(at); }
+    EP_HOST_DEVICE char *dispatch_slot(char *window, uint64_t epoch) const {
+        return window + epoch % shape.slot_count * dispatch_slot_bytes;
+    }
+    EP_HOST_DEVICE char *combine_slot(char *window, uint64_t epoch) const {
+        return window + combine_slots + epoch % shape.slot_count * combine_slot_bytes;
+    }
+    EP_HOST_DEVICE size_t index_in_boxes(int owner, int source, int token) const {
+        return size_t(source - (source > owner)) * shape.token_count_max + token;
+    }
+};
+
+}  // namespace ep
