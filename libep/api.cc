@@ -51,8 +51,7 @@ mep_status_t check_timeout(int64_t timeout_us, const char *name) {
                 name, static_cast<long long>(timeout_us));
 }
 
-// ---- What dispatch and combine have in common
-// -----------------------------------------------------
+// ---- What dispatch and combine have in common ---------------------------------------------------
 
 struct Shapes {
     int64_t tokens_max, hidden, experts, ranks, topk_max;
@@ -147,8 +146,7 @@ mep_status_t read_optional(const Device &device, const char *name, const mep_ten
     return MEP_OK;
 }
 
-// ---- Arguments of dispatch
-// ------------------------------------------------------------------------
+// ---- Arguments of dispatch ----------------------------------------------------------------------
 
 mep_status_t check_tokens(const Buffer &buffer, const mep_dispatch_args_t &a, DispatchArgs *args) {
     const Shapes s = Shapes::of(buffer);
@@ -280,8 +278,7 @@ mep_status_t check_same_round(const Call &call, const Round &round) {
                 round.token_count, round.topk, call.handle->token_count, call.handle->topk);
 }
 
-// ---- Arguments of combine
-// -------------------------------------------------------------------------
+// ---- Arguments of combine -----------------------------------------------------------------------
 
 mep_status_t check_expert_rows(const Buffer &buffer, const mep_combine_args_t &a,
                                CombineArgs *args) {

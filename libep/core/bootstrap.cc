@@ -64,8 +64,7 @@ mep_status_t allocate(size_t size, Bytes *bytes) {
 
 namespace {
 
-// ---- The caller's callback, and one rank alone
-// ------------------------------------------------------
+// ---- The caller's callback, and one rank alone --------------------------------------------------
 
 class CallbackBootstrap : public Bootstrap {
   public:
@@ -99,8 +98,7 @@ class AloneBootstrap : public Bootstrap {
     }
 };
 
-// ---- Threads of one process
-// -------------------------------------------------------------------------
+// ---- Threads of one process ---------------------------------------------------------------------
 
 // One all-gather. Each rank that takes part holds it until it has read the result, so the next one
 // can begin, with an Exchange of its own, while slow ranks still read this one.
@@ -242,8 +240,7 @@ std::shared_ptr<Meeting> meeting_to_join(World *world) {
     return world->newest;
 }
 
-// ---- The unique id
-// ----------------------------------------------------------------------------------
+// ---- The unique id ------------------------------------------------------------------------------
 
 constexpr uint64_t kIdMagic = 0x44492d50454d0a1aU;
 constexpr uint32_t kIdVersion = 1;
@@ -352,8 +349,7 @@ mep_status_t adopt_listener(const IdContent &id, Descriptor *listener) {
     return MEP_OK;
 }
 
-// ---- The environment
-// --------------------------------------------------------------------------------
+// ---- The environment ----------------------------------------------------------------------------
 
 struct Environment {
     Membership membership;
@@ -448,8 +444,7 @@ struct mep_world {
 
 namespace ep {
 
-// ---- What bootstrap.h declares
-// ----------------------------------------------------------------------
+// ---- What bootstrap.h declares ------------------------------------------------------------------
 
 mep_status_t bootstrap_from_callback(Membership membership, mep_all_gather_callback_t callback,
                                      void *context, std::unique_ptr<Bootstrap> *bootstrap) {

@@ -21,8 +21,7 @@
 namespace ep {
 namespace {
 
-// ---- Limits
-// -----------------------------------------------------------------------------------------
+// ---- Limits -------------------------------------------------------------------------------------
 
 constexpr size_t kStrangerCountMax = 64;        // connections that have not said Hello yet
 constexpr int64_t kHelloTimeoutUs = 3'000'000;  // of each of them
@@ -65,8 +64,7 @@ std::string step_text(uint64_t sequence) {
     return "take part in all-gather " + std::to_string(sequence);
 }
 
-// ---- The hub
-// ----------------------------------------------------------------------------------------
+// ---- The hub ------------------------------------------------------------------------------------
 
 // What rank 0 knows of another rank.
 struct Peer {
@@ -390,8 +388,7 @@ mep_status_t Hub::break_off(mep_status_t status) {
     return status;
 }
 
-// ---- A spoke
-// ----------------------------------------------------------------------------------------
+// ---- A spoke ------------------------------------------------------------------------------------
 
 // An answer of the hub, as far as it has come.
 struct Answer {

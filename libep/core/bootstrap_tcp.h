@@ -53,8 +53,7 @@ inline double seconds(int64_t microseconds) {
     return static_cast<double>(microseconds) * 1e-6;
 }
 
-// ---- What travels
-// -----------------------------------------------------------------------------------
+// ---- What travels -------------------------------------------------------------------------------
 //
 // A star: rank 0 is the hub, every other rank holds one connection to it for the group's life.
 //
@@ -111,8 +110,7 @@ struct Reply {
 };
 static_assert(sizeof(Reply) == 32, "no padding travels");
 
-// ---- The two ends
-// -----------------------------------------------------------------------------------
+// ---- The two ends -------------------------------------------------------------------------------
 
 // Connections that may wait on a listener before rank 0 takes them.
 constexpr int kListenBacklog = MEP_RANK_COUNT_MAX;
