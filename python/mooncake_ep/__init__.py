@@ -1,0 +1,41 @@
+"""Expert-parallel token exchange for mixture-of-experts models: dispatch and combine."""
+
+from ._lib import (
+    BackendInfo,
+    EpError,
+    EpTimeoutError,
+    PeerFailedError,
+    backend_info,
+    version,
+)
+from .buffer import (
+    Buffer,
+    BufferCounters,
+    BufferSizes,
+    Dispatched,
+    Handle,
+    PendingCombine,
+    PendingDispatch,
+)
+from .group import Group, Transport, World, create_unique_id, destroy_unique_id
+
+__all__ = [
+    "BackendInfo",
+    "Buffer",
+    "BufferCounters",
+    "BufferSizes",
+    "Dispatched",
+    "EpError",
+    "EpTimeoutError",
+    "Group",
+    "Handle",
+    "PeerFailedError",
+    "PendingCombine",
+    "PendingDispatch",
+    "Transport",
+    "World",
+    "backend_info",
+    "create_unique_id",
+    "destroy_unique_id",
+    "version",
+]

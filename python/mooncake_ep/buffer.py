@@ -1,0 +1,686 @@
+"""Buffer: dispatch and combine.
+
+A call costs a few microseconds beside the C call, so that everything is made once and kept: the C
+structs of a call (taken from a free list, so that rounds in flight have their own), the
+descriptions of outputs that we allocate ourselves (only their data pointers change), and the C
+handles.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar, overload
+
+from ._arrays import OUTPUTS, Allocator, Framework, OutputPlan, framework_of
+from ._dlpack import Slot, borrow, dtype_key
+from ._ffi import ffi
+from ._lib import EpError, check, failure, lib, struct, timeout_us
+from .group import Group
+
+_QUANTS = {None: lib.MEP_QUANT_NONE, "fp8": lib.MEP_QUANT_FP8, "fp8_pow2": lib.MEP_QUANT_FP8_POW2}
+_PAYLOADS = {
+    "bf16": lib.MEP_PAYLOAD_BF16,
+    "fp16": lib.MEP_PAYLOAD_FP16,
+    "fp32": lib.MEP_PAYLOAD_FP32,
+    "fp8": lib.MEP_PAYLOAD_FP8,
+}
+_SCALE_LAYOUTS = ("column", "row")
+_SEND = lib.MEP_PHASE_SEND
+_RECEIVE = lib.MEP_PHASE_RECEIVE
+_PEER_FAILED = lib.MEP_PEER_FAILED
+_FLOAT8 = dtype_key("float8_e4m3fn")
+_BYTES = dtype_key("uint8")
+_INPUT_COUNT = 5  # tensors of a dispatch that are not outputs
+_NULL = ffi.NULL
+_c_dispatch = lib.mep_dispatch
+_c_combine = lib.mep_combine
+
+
+@dataclass(frozen=True)
+class BufferSizes:
+    """Bytes that a buffer takes: shared memory of one rank, and device memory of one handle."""
+
+    window_bytes: int
+    handle_bytes: int
+
+
+@dataclass(frozen=True)
+class BufferCounters:
+    """What a buffer has counted since its creation.
+
+    invalid_expert_ids: expert ids other than -1 outside [0, experts), each treated as -1;
+    invalid_messages: messages of peers that broke a limit and were ignored.
+    """
+
+    dispatches_sent: int
+    combines_sent: int
+    invalid_expert_ids: int
+    invalid_messages: int
+
+
+class Handle:
+    """What one dispatch remembers for its combines. Made by Buffer.dispatch().
+
+    It may outlive any number of later rounds, and may be given to a later dispatch to be
+    overwritten. Its memory goes back to the buffer when the last reference to it is gone.
+    """
+
+    __slots__ = ("__weakref__", "_buffer", "_c", "_in_flight", "_token_count")
+
+    def __init__(self, buffer: Buffer, c_handle: Any) -> None:
+        """Wrap a C handle of ``buffer``."""
+        self._buffer = buffer
+        self._c = c_handle
+        self._in_flight = 0
+        self._token_count = 0
+
+    def __del__(self) -> None:
+        """Let the next dispatch have the C handle, unless a round of it was never received."""
+        if not self._in_flight:
+            self._buffer._free_handles.append(self._c)
+
+
+class Dispatched:
+    """What a dispatch received, packed by expert (L local experts, R ranks, M max_tokens).
+
+    Attributes:
+        x: [L, R*M, H]; of expert e the first count[e] rows are valid: sources in rank order, tokens
+            in their order.
+        scales: float32 [L, R*M, H/128] if x is float8_e4m3fn, else None.
+        count: int32 [L].
+        src_info: int32 [L, R*M], the token index at its source of each valid row; or None.
+        layout_range: int64 [L, R], begin << 32 | count of each source's rows; or None.
+        handle: what Buffer.combine() needs.
+    """
+
+    __slots__ = ("count", "handle", "layout_range", "scales", "src_info", "x")
+
+    def __init__(
+        self,
+        x: Any,
+        scales: Any,
+        count: Any,
+        src_info: Any = None,
+        layout_range: Any = None,
+        handle: Handle | None = None,
+    ) -> None:
+        """Bundle arrays of the caller, to be given as ``out`` to Buffer.dispatch()."""
+        self.x = x
+        self.scales = scales
+        self.count = count
+        self.src_info = src_info
+        self.layout_range = layout_range
+        self.handle = handle
+
+
+_Round = TypeVar("_Round", bound="_Pending")
+
+
+class _Pending:
+    """A round that was sent and not yet received; it keeps its arrays and C structs alive."""
+
+    __slots__ = ("_arrays", "_call", "_finish", "_handle", "_result")
+
+    def __init__(
+        self,
+        call: _DispatchCall | _CombineCall,
+        handle: Handle,
+        arrays: tuple[object, ...],
+        result: Any,
+        finish: Callable[[Any], Any] | None,
+    ) -> None:
+        handle._in_flight += 1
+        self._call: Any = call
+        self._handle = handle
+        self._arrays = arrays
+        self._result = result
+        self._finish = finish
+
+    def __del__(self) -> None:
+        """Warn if the round was never received: it counts as in flight for ever."""
+        if self._call is not None and not self._handle._buffer.closed:
+            message = "a round was sent and never received"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+
+    def _receive(self) -> Any:
+        call, handle = self._call, self._handle
+        if call is None:
+            raise EpError("the round was received already")
+        call.args.phases = _RECEIVE
+        status = call.function(handle._buffer._open(), handle._c, call.args)
+        if status not in (0, _PEER_FAILED):
+            raise failure(status)
+        self._call = None
+        handle._in_flight -= 1
+        call.free.append(call)
+        result, self._result, self._arrays = self._result, None, ()
+        return _received(result, self._finish, status)
+
+
+class PendingDispatch(_Pending):
+    """A dispatch that was sent and not yet received; dropped, it is in flight for ever."""
+
+    __slots__ = ()
+
+    def receive(self) -> Dispatched:
+        """Wait for the tokens and pack them. Once; from any thread, but see Group about threads.
+
+        Errors: EpError (received already, buffer closed), PeerFailedError.
+        """
+        result: Dispatched = self._receive()
+        return result
+
+
+class PendingCombine(_Pending):
+    """A combine that was sent and not yet received; dropped, it is in flight for ever."""
+
+    __slots__ = ()
+
+    def receive(self) -> Any:
+        """Wait for the experts' outputs and return the sums, [T, H]. Once, as PendingDispatch."""
+        return self._receive()
+
+
+class Buffer:
+    """The memory that a rank shares with its peers for rounds of one shape.
+
+    Use it as a context manager or call close().
+
+    Attributes:
+        group: the group it was made from.
+        max_tokens, hidden, experts, topk, threads: as given, or the default.
+        local_experts: L = E/R experts of this rank.
+        window_bytes: shared memory of this rank.
+        handle_bytes: device memory of one handle.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        max_tokens: int,
+        hidden: int,
+        experts: int,
+        topk: int,
+        payloads: Iterable[str] | None = None,
+        rounds_in_flight: int = 2,
+        fp32_partials: bool = False,
+        threads: int = 0,
+    ) -> None:
+        """Allocate this rank's window and map the peers'. Collective, blocking.
+
+        Args:
+            group: the ranks.
+            max_tokens: M, most tokens of one rank in one call.
+            hidden: H, a multiple of 8 (with FP8: of 128).
+            experts: E, a multiple of the number of ranks.
+            topk: most K of a call, up to 32.
+            payloads: what dispatch may carry, of "bf16", "fp16", "fp32" (also lets combine take
+                float32) and "fp8"; None: bf16, and fp8 if H allows it.
+            rounds_in_flight: most dispatches, and likewise combines, sent and not yet received, up
+                to 8; memory grows with it.
+            fp32_partials: combine's partial sums travel as float32 whatever the type.
+            threads: of a CPU rank, this one included; 0: the library's choice.
+
+        Raises:
+            ValueError: an argument breaks a rule of mooncake_ep.h.
+            MemoryError: no memory, or /dev/shm is full.
+            EpTimeoutError: a rank did not call.
+            EpError: the ranks' values differ, or the group is closed.
+        """
+        config = _config(
+            max_tokens, hidden, experts, topk, payloads, rounds_in_flight, fp32_partials, threads
+        )
+        buffer = ffi.new("mep_buffer_t **")
+        group._check(lib.mep_buffer_create(group._open(), config, buffer))
+        handles: list[Any] = []
+        self._destroy = weakref.finalize(self, _destroy_buffer, buffer[0], handles)
+        self._c = buffer[0]
+        self._handles = handles
+        self._free_handles: list[Any] = []
+        self._dispatch_calls: list[_DispatchCall] = []
+        self._combine_calls: list[_CombineCall] = []
+        self._plans: dict[tuple[Any, ...], OutputPlan] = {}
+        self._allocators: dict[tuple[Any, ...], tuple[Framework, Allocator]] = {}
+        info = struct("mep_buffer_info_t")
+        check(lib.mep_buffer_query(self._c, info))
+        self.group = group
+        self.max_tokens: int = info.token_count_max
+        self.hidden: int = info.hidden
+        self.experts: int = info.expert_count
+        self.local_experts: int = info.local_expert_count
+        self.topk: int = info.topk_max
+        self.window_bytes: int = info.window_bytes
+        self.handle_bytes: int = info.handle_bytes
+        self.threads: int = info.cpu_thread_count
+
+    @staticmethod
+    def query_sizes(
+        *,
+        rank_count: int,
+        max_tokens: int,
+        hidden: int,
+        experts: int,
+        topk: int,
+        payloads: Iterable[str] | None = None,
+        rounds_in_flight: int = 2,
+        fp32_partials: bool = False,
+        threads: int = 0,
+    ) -> BufferSizes:
+        """Tell the memory that such a buffer would take on each rank; arguments as for Buffer."""
+        config = _config(
+            max_tokens, hidden, experts, topk, payloads, rounds_in_flight, fp32_partials, threads
+        )
+        sizes = struct("mep_buffer_sizes_t")
+        check(lib.mep_buffer_query_sizes(config, rank_count, sizes))
+        return BufferSizes(sizes.window_bytes, sizes.handle_bytes)
+
+    @overload
+    def dispatch(
+        self,
+        x: Any,
+        topk_idx: Any,
+        topk_weights: Any = None,
+        *,
+        quant: Literal["fp8", "fp8_pow2"] | None = None,
+        scale_layout: Literal["column", "row"] = "column",
+        out: Dispatched | None = None,
+        handle: Handle | None = None,
+        active_ranks: Any = None,
+        timeout_s: float | None = None,
+        stream: int | None = None,
+        async_: bool = False,
+        send_only: Literal[False] = False,
+    ) -> Dispatched: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: Any,
+        topk_idx: Any,
+        topk_weights: Any = None,
+        *,
+        quant: Literal["fp8", "fp8_pow2"] | None = None,
+        scale_layout: Literal["column", "row"] = "column",
+        out: Dispatched | None = None,
+        handle: Handle | None = None,
+        active_ranks: Any = None,
+        timeout_s: float | None = None,
+        stream: int | None = None,
+        async_: bool = False,
+        send_only: Literal[True],
+    ) -> PendingDispatch: ...
+
+    def dispatch(
+        self,
+        x: Any,
+        topk_idx: Any,
+        topk_weights: Any = None,
+        *,
+        quant: Literal["fp8", "fp8_pow2"] | None = None,
+        scale_layout: Literal["column", "row"] = "column",
+        out: Dispatched | None = None,
+        handle: Handle | None = None,
+        active_ranks: Any = None,
+        timeout_s: float | None = None,
+        stream: int | None = None,
+        async_: bool = False,
+        send_only: bool = False,
+    ) -> Dispatched | PendingDispatch:
+        """Send every token to the ranks of its experts, and pack what arrives.
+
+        Collective, blocking. The type of x, quant and K must be the same on all ranks. Torch
+        tensors that require grad may be inputs; no gradient flows through.
+
+        Args:
+            x: [T, H] bfloat16, float16 or float32, T up to max_tokens (also 0; ranks may differ);
+                or (x, scales): float8_e4m3fn (or uint8) [T, H] with float32 [T, H/128].
+            topk_idx: int32 or int64 [T, K], global experts, -1 for none. An expert that a token
+                names twice gets it once, and its weights add up.
+            topk_weights: float32 [T, K], kept for combine.
+            quant: cast x to float8_e4m3fn, with one scale per 128 channels of a token, or
+                ("fp8_pow2") each scale rounded up to a power of two.
+            scale_layout: of scales that are allocated here, in logical order [L, R*M, H/128]:
+                "column" has stride 1 along the rows, "row" along the channels.
+            out: arrays to fill, e.g. an earlier result; it is returned, with a new handle. None:
+                new arrays of the framework of x. (JAX: layout_range stays NumPy unless
+                jax_enable_x64 is on; out takes no JAX arrays, because they are immutable.)
+            handle: one to overwrite; None: another than all that are still referred to.
+            active_ranks: int32 [R or more], 1 = take part; a rank that misses the deadline becomes
+                0. None: a mask that the buffer keeps.
+            timeout_s: limit in seconds for this call; None: the group's.
+            stream: native stream of a GPU; None: its default. None on the CPU.
+            async_: leave the work to the stream; without effect on the CPU.
+            send_only: send and do not wait; the result is to be received later.
+
+        Raises:
+            TypeError: an argument is no array.
+            ValueError: an argument breaks a rule of mooncake_ep.h; names it.
+            EpError: too many rounds in flight, group or buffer closed.
+            PeerFailedError: a rank missed the deadline (only without active_ranks).
+        """
+        c_buffer = self._open()
+        call = self._dispatch_calls.pop() if self._dispatch_calls else _DispatchCall(self)
+        args = call.args
+        x_scales = None
+        if type(x) is tuple:
+            x, x_scales = x
+        inputs: tuple[object, ...] = (
+            borrow("x", x, call.x),
+            borrow("topk_idx", topk_idx, call.topk_idx),
+            x_scales is None or borrow("x_scales", x_scales, call.x_scales),
+            topk_weights is None or borrow("topk_weights", topk_weights, call.topk_weights),
+            active_ranks is None
+            or borrow("active_ranks", active_ranks, call.active_ranks, writable=True),
+        )
+        args.x_scales = _NULL if x_scales is None else call.x_scales.tensor
+        args.topk_weights = _NULL if topk_weights is None else call.topk_weights.tensor
+        args.active_ranks = _NULL if active_ranks is None else call.active_ranks.tensor
+        if quant not in _QUANTS:
+            raise ValueError(f"quant {quant!r} is not None, 'fp8' or 'fp8_pow2'")
+        args.quant = _QUANTS[quant]
+        self._set_common(args, timeout_s, stream, send_only)
+        handle = self._new_handle() if handle is None else self._check_handle(handle)
+        finish = None
+        if out is None:
+            key = (type(x), call.x.dtype, call.x.words[1], quant, scale_layout)
+            plan = self._plans.get(key) or self._new_plan(key, x)
+            out = call.allocate_outputs(plan)
+            finish = plan.finish and partial(_finish_dispatched, plan.finish)
+        else:
+            inputs += call.borrow_outputs(out)
+        status = _c_dispatch(c_buffer, handle._c, args)
+        if status not in (0, _PEER_FAILED):
+            raise failure(status)
+        out.handle = handle
+        handle._token_count = call.x.tensor.shape[0]
+        if send_only:
+            arrays = (inputs, x, x_scales, topk_idx, topk_weights, active_ranks)
+            return _sent(PendingDispatch(call, handle, arrays, out, finish), status)
+        self._dispatch_calls.append(call)
+        received: Dispatched = _received(out, finish, status)
+        return received
+
+    def combine(
+        self,
+        x: Any,
+        handle: Handle | Dispatched,
+        topk_weights: Any = None,
+        *,
+        out: Any = None,
+        active_ranks: Any = None,
+        timeout_s: float | None = None,
+        stream: int | None = None,
+        async_: bool = False,
+        send_only: bool = False,
+    ) -> Any:
+        """Send the experts' outputs back and return their weighted sums, [T, H].
+
+        Collective, blocking. The same inputs always give the same bits. With ``send_only`` it
+        returns a PendingCombine. The arguments that are not named here, and the errors, are those
+        of dispatch().
+
+        Args:
+            x: [L, R*M, H] bfloat16, float16 or float32, the experts' outputs in the rows that
+                dispatch filled; of the same type on all ranks.
+            handle: of a received dispatch, any number of times.
+            topk_weights: float32 [T, K]; None (on all ranks): those given to dispatch, else 1.
+            out: [T, H] of the type of x; None: a new array of its framework. A token with no expert
+                becomes 0.
+            active_ranks: as for dispatch(); what a masked rank would contribute is left out.
+            timeout_s: as for dispatch().
+            stream: as for dispatch().
+            async_: as for dispatch().
+            send_only: send and do not wait; the result is a PendingCombine.
+        """
+        c_buffer = self._open()
+        handle = self._check_handle(handle)
+        call = self._combine_calls.pop() if self._combine_calls else _CombineCall(self)
+        args = call.args
+        inputs: tuple[object, ...] = (
+            borrow("x", x, call.x),
+            topk_weights is None or borrow("topk_weights", topk_weights, call.topk_weights),
+            active_ranks is None
+            or borrow("active_ranks", active_ranks, call.active_ranks, writable=True),
+        )
+        args.topk_weights = _NULL if topk_weights is None else call.topk_weights.tensor
+        args.active_ranks = _NULL if active_ranks is None else call.active_ranks.tensor
+        self._set_common(args, timeout_s, stream, send_only)
+        finish = None
+        if out is None:
+            out, finish = self._new_sums(call, x, handle._token_count)
+        else:
+            inputs += (borrow("out", out, call.out, writable=True),)
+        status = _c_combine(c_buffer, handle._c, args)
+        if status not in (0, _PEER_FAILED):
+            raise failure(status)
+        if send_only:
+            arrays = (inputs, x, topk_weights, active_ranks)
+            return _sent(PendingCombine(call, handle, arrays, out, finish), status)
+        self._combine_calls.append(call)
+        return _received(out, finish, status)
+
+    def counters(self) -> BufferCounters:
+        """Read what the buffer has counted since its creation."""
+        counters = struct("mep_buffer_counters_t")
+        check(lib.mep_buffer_query_counters(self._open(), counters))
+        return BufferCounters(
+            counters.dispatches_sent,
+            counters.combines_sent,
+            counters.invalid_expert_ids,
+            counters.invalid_messages,
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return not self._destroy.alive
+
+    def close(self) -> None:
+        """Release this rank's memory and mappings, and all handles. Closing twice is harmless."""
+        self._destroy()
+
+    def __enter__(self) -> Buffer:
+        """Return the buffer itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def _open(self) -> Any:
+        """Return the ``mep_buffer_t *`` of an open buffer."""
+        if not self._destroy.alive:
+            raise EpError("the buffer is closed")
+        return self._c
+
+    def _set_common(
+        self, args: Any, timeout_s: float | None, stream: int | None, send_only: bool
+    ) -> None:
+        """Set what the arguments of dispatch and combine have in common."""
+        if stream is not None and self.group.backend == "cpu":
+            raise ValueError(f"stream {stream} was given, but the CPU has no streams")
+        args.timeout_us = 0 if timeout_s is None else timeout_us(timeout_s)
+        args.stream = _NULL if stream is None else ffi.cast("void *", stream)
+        args.phases = _SEND if send_only else 0
+
+    def _check_handle(self, handle: Any) -> Handle:
+        """Return the handle itself, or that of a Dispatched, if it is one of this buffer."""
+        if type(handle) is Dispatched:
+            handle = handle.handle
+        if type(handle) is not Handle:
+            raise TypeError(f"handle is a {type(handle).__name__}, not a Handle or Dispatched")
+        if handle._buffer is not self:
+            raise ValueError("handle belongs to another buffer")
+        return handle
+
+    def _new_handle(self) -> Handle:
+        if self._free_handles:
+            return Handle(self, self._free_handles.pop())
+        handle = ffi.new("mep_handle_t **")
+        check(lib.mep_handle_create(self._c, handle))
+        self._handles.append(handle[0])
+        return Handle(self, handle[0])
+
+    def _new_plan(self, key: tuple[Any, ...], x: object) -> OutputPlan:
+        _, dtype, device, quant, scale_layout = key
+        if scale_layout not in _SCALE_LAYOUTS:
+            raise ValueError(f"scale_layout {scale_layout!r} is not one of {_SCALE_LAYOUTS}")
+        has_scales = quant is not None or dtype in (_FLOAT8, _BYTES)
+        if quant is not None:
+            dtype = _FLOAT8
+        plan = OutputPlan(
+            framework_of(x),
+            (self.local_experts, self.group.rank_count, self.max_tokens, self.hidden),
+            (dtype, device),
+            scale_layout if has_scales else None,
+        )
+        self._plans[key] = plan
+        return plan
+
+    def _new_sums(
+        self, call: _CombineCall, x: object, token_count: int
+    ) -> tuple[Any, Callable[[Any], Any] | None]:
+        """Allocate combine's output like ``x`` and describe it in ``call.out``."""
+        key = (type(x), call.x.dtype, call.x.words[1])
+        known = self._allocators.get(key)
+        if known is None:
+            framework = framework_of(x)
+            known = self._allocators[key] = (framework, framework.allocator(*key[1:]))
+        framework, allocate = known
+        shape, strides = (token_count, self.hidden), (self.hidden, 1)
+        sums = allocate(shape, strides)
+        call.out.describe(call.x.dtype, shape, strides, call.x.words[1])
+        call.out.words[0] = framework.address(sums)
+        return sums, framework.finish
+
+
+class _DispatchCall:
+    """The C structs of one dispatch; those of its outputs lie side by side, as OUTPUTS has them."""
+
+    __slots__ = (
+        "active_ranks",
+        "args",
+        "free",
+        "function",
+        "outputs",
+        "tensors",
+        "topk_idx",
+        "topk_weights",
+        "x",
+        "x_scales",
+    )
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.free: list[_DispatchCall] = buffer._dispatch_calls
+        self.function = _c_dispatch
+        self.tensors = ffi.new("mep_tensor_t[]", _INPUT_COUNT + len(OUTPUTS))
+        slots = [Slot(self.tensors + index) for index in range(len(self.tensors))]
+        self.x, self.x_scales, self.topk_idx, self.topk_weights, self.active_ranks = slots[:5]
+        self.outputs = slots[_INPUT_COUNT:]
+        self.args = struct("mep_dispatch_args_t", x=self.x.tensor, topk_idx=self.topk_idx.tensor)
+
+    def allocate_outputs(self, plan: OutputPlan) -> Dispatched:
+        """Allocate the outputs and point the output structs at them."""
+        args, outputs = self.args, self.outputs
+        x, count, src_info, layout_range, scales = plan.allocate(outputs)
+        args.out_x, args.out_count = outputs[0].tensor, outputs[1].tensor
+        args.out_src_info, args.out_layout_range = outputs[2].tensor, outputs[3].tensor
+        args.out_scales = _NULL if scales is None else outputs[4].tensor
+        return Dispatched(x, scales, count, src_info, layout_range)
+
+    def borrow_outputs(self, out: Dispatched) -> tuple[object, ...]:
+        """Point the output structs at the caller's arrays."""
+        if type(out) is not Dispatched:
+            raise TypeError(f"out is a {type(out).__name__}, not a Dispatched")
+        args, arrays = self.args, (out.x, out.count, out.src_info, out.layout_range, out.scales)
+        x, count, src_info, layout_range, scales = self.outputs
+        args.out_x, args.out_count = x.tensor, count.tensor
+        args.out_src_info = _NULL if out.src_info is None else src_info.tensor
+        args.out_layout_range = _NULL if out.layout_range is None else layout_range.tensor
+        args.out_scales = _NULL if out.scales is None else scales.tensor
+        return arrays, (
+            borrow("out.x", out.x, x, writable=True),
+            borrow("out.count", out.count, count, writable=True),
+            out.src_info is None or borrow("out.src_info", out.src_info, src_info, writable=True),
+            out.layout_range is None
+            or borrow("out.layout_range", out.layout_range, layout_range, writable=True),
+            out.scales is None or borrow("out.scales", out.scales, scales, writable=True),
+        )
+
+
+class _CombineCall:
+    """The C structs of one combine."""
+
+    __slots__ = ("active_ranks", "args", "free", "function", "out", "tensors", "topk_weights", "x")
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.free: list[_CombineCall] = buffer._combine_calls
+        self.function = _c_combine
+        self.tensors = ffi.new("mep_tensor_t[4]")
+        slots = [Slot(self.tensors + index) for index in range(len(self.tensors))]
+        self.x, self.topk_weights, self.active_ranks, self.out = slots
+        self.args = struct("mep_combine_args_t", x=self.x.tensor, out=self.out.tensor)
+
+
+def _finish_dispatched(finish: Callable[[Any], Any], raw: Dispatched) -> Dispatched:
+    """Turn the arrays that the library filled into those that the caller gets."""
+    scales = None if raw.scales is None else finish(raw.scales)
+    x, count, src_info = finish(raw.x), finish(raw.count), finish(raw.src_info)
+    return Dispatched(x, scales, count, src_info, finish(raw.layout_range), raw.handle)
+
+
+def _sent(pending: _Round, status: int) -> _Round:
+    """Return a round that was sent; as part of the exception if a peer failed meanwhile."""
+    if status == 0:
+        return pending
+    error: Any = failure(status)
+    error.result = pending
+    raise error
+
+
+def _received(result: Any, finish: Callable[[Any], Any] | None, status: int) -> Any:
+    """Return what was received; as part of the exception if a peer failed."""
+    if status == 0:
+        return result if finish is None else finish(result)
+    error: Any = failure(status)  # first: it reads what the library said last
+    error.result = result if finish is None else finish(result)
+    raise error
+
+
+def _config(
+    max_tokens: int,
+    hidden: int,
+    experts: int,
+    topk: int,
+    payloads: Iterable[str] | None,
+    rounds_in_flight: int,
+    fp32_partials: bool,
+    threads: int,
+) -> Any:
+    bits = 0
+    for payload in payloads or ():
+        if payload not in _PAYLOADS:
+            raise ValueError(f"payload {payload!r} is not one of {', '.join(_PAYLOADS)}")
+        bits |= _PAYLOADS[payload]
+    return struct(
+        "mep_buffer_config_t",
+        token_count_max=max_tokens,
+        hidden=hidden,
+        expert_count=experts,
+        topk_max=topk,
+        payload_types=bits,
+        rounds_in_flight_max=rounds_in_flight,
+        fp32_partials=fp32_partials,
+        cpu_thread_count=threads,
+    )
+
+
+def _destroy_buffer(c_buffer: Any, c_handles: list[Any]) -> None:
+    for c_handle in c_handles:
+        lib.mep_handle_destroy(c_handle)
+    lib.mep_buffer_destroy(c_buffer)

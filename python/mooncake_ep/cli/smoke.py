@@ -1,0 +1,73 @@
+"""mooncake-ep smoke: a few small rounds on real processes, every element of the results checked."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import sizes as sizes_module
+from .errors import CheckFailedError
+from .spawn import launch_from, run_ranks
+
+_FAILURES_SHOWN = 10
+_EXAMPLES = """\
+examples:
+  mooncake-ep smoke
+  mooncake-ep smoke --world-size 8 --payload fp8 --weights combine
+  mooncake-ep smoke --hash > first; mooncake-ep smoke --hash > second; cmp first second
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the command's arguments."""
+    parser = subparsers.add_parser(
+        "smoke",
+        help="check every element of a few small rounds",
+        description="Run a few rounds with different token counts and holes, and compare every "
+        "element of what dispatch and combine return with an oracle that is written in NumPy.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sizes_module.add_size_arguments(
+        parser, world_size=4, tokens=64, hidden=2048, experts=16, topk=2
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("dispatch", "combine"),
+        default="dispatch",
+        help="the call that is given the top-k weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hash",
+        action="store_true",
+        help="print a SHA-256 of each rank's outputs; the same arguments give the same ones",
+    )
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the ranks and report what they found."""
+    launch = launch_from(arguments, label="smoke")
+    sizes = sizes_module.sizes_from(arguments, rank_count=launch.rank_count)
+    options = {"sizes": sizes.as_options(), "weights": arguments.weights}
+    results = run_ranks("mooncake_ep.cli.smoke_rank:run", options, launch)
+    if not launch.reports:
+        return 0
+    failures = [
+        f"rank {rank}: {text}" for rank, result in enumerate(results) for text in result["failures"]
+    ]
+    if failures:
+        raise CheckFailedError(_describe(failures))
+    if arguments.hash:
+        for rank, result in enumerate(results):
+            print(f"hash rank={rank} sha256={result['sha256']}")
+    print(
+        f"smoke ok ranks={sizes.rank_count} tokens={sizes.tokens} hidden={sizes.hidden} "
+        f"experts={sizes.experts} topk={sizes.topk}"
+    )
+    return 0
+
+
+def _describe(failures: list[str]) -> str:
+    hidden = len(failures) - _FAILURES_SHOWN
+    more = [f"... and {hidden} more"] if hidden > 0 else []
+    return "\n".join(["smoke failed", *failures[:_FAILURES_SHOWN], *more])

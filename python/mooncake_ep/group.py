@@ -1,0 +1,334 @@
+"""Group: one rank's membership in a set of ranks that exchange tokens."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ._ffi import ffi
+from ._lib import BACKENDS, EpError, backend_code, check, failure, lib, struct, text, timeout_us
+
+# Gathers one bytes object of the same length from each rank, ordered by rank. Blocking.
+AllGather = Callable[[bytes], Sequence[bytes]]
+
+_BACKEND_NAMES = {code: name for name, code in BACKENDS.items()}
+_BARRIER = b"\0"
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How a rank reaches a peer.
+
+    kind: MEP_TRANSPORT_*; name: "self", "thread" or "shm"; reason: why this one, and why not
+    something faster.
+    """
+
+    kind: int
+    name: str
+    reason: str
+
+
+def create_unique_id(address: str | None = None) -> bytes:
+    """Start listening for the ranks of one group; return its id, 128 bytes for every rank.
+
+    The process that calls this must hold rank 0. ``address`` is an IPv4 address or host name of
+    this machine; None means 127.0.0.1. Uses one descriptor until the group is created or the id
+    destroyed. Errors: ValueError (address unknown), EpError.
+    """
+    unique_id = ffi.new("mep_unique_id_t *")
+    check(lib.mep_unique_id_create(ffi.NULL if address is None else address.encode(), unique_id))
+    return bytes(ffi.buffer(unique_id))
+
+
+def destroy_unique_id(unique_id: bytes) -> None:
+    """Stop listening, if no group was created from the id in this process."""
+    lib.mep_unique_id_destroy(_unique_id(unique_id))
+
+
+class World:
+    """A meeting point of ranks that are threads of this process. Close it after its groups."""
+
+    def __init__(self, rank_count: int) -> None:
+        """Make a meeting point for ``rank_count`` threads, which call Group.from_world()."""
+        world = ffi.new("mep_world_t **")
+        check(lib.mep_world_create(rank_count, world))
+        self.rank_count = rank_count
+        self._c = world[0]
+        self._destroy = weakref.finalize(self, lib.mep_world_destroy, self._c)
+
+    def close(self) -> None:
+        """Release the meeting point. Closing twice is harmless."""
+        self._destroy()
+
+    def __enter__(self) -> World:
+        """Return the world itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+class Group:
+    """One rank of a set of ranks that exchange tokens. Make one with a ``from_*`` method.
+
+    Joining is collective and blocking. All of them take ``backend`` ("cpu", "cuda" or "maca"),
+    ``device_id`` of that backend, and ``timeout_s``, the limit in seconds of each wait for another
+    rank, now and in later calls (None: 100 s; math.inf: never).
+
+    Errors of all of them: ValueError; NotImplementedError (backend not available, ranks on
+    different hosts); EpTimeoutError (names the missing ranks); EpError (ranks disagree, wrong
+    secret, rank taken, connection lost).
+
+    A group, and the buffers made from it, belong to one thread at a time. Use it as a context
+    manager or call close().
+    """
+
+    def __init__(self, exchange: _Exchange | None = None, **fields: Any) -> None:
+        """Join with these fields of mep_group_config_t; for the ``from_*`` methods."""
+        self._exchange = exchange
+        if exchange is not None:
+            fields["all_gather"] = exchange.callback
+        config = struct("mep_group_config_t", **fields)
+        group = ffi.new("mep_group_t **")
+        self._check(lib.mep_group_create(config, group))
+        self._c = group[0]
+        self._destroy = weakref.finalize(self, lib.mep_group_destroy, self._c)
+        info = struct("mep_group_info_t")
+        check(lib.mep_group_query(self._c, info))
+        self.rank: int = info.rank
+        self.rank_count: int = info.rank_count
+        self.backend: str = _BACKEND_NAMES[info.backend]
+        self.device_id: int = info.device_id
+        self.timeout_s: float = math.inf if info.timeout_us < 0 else info.timeout_us / 1e6
+
+    @classmethod
+    def from_env(
+        cls, *, backend: str = "cpu", device_id: int = 0, timeout_s: float | None = None
+    ) -> Group:
+        """Join by the variables that torchrun sets: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+
+        Rank 0 listens on MASTER_PORT + MOONCAKE_EP_PORT_OFFSET (default 1).
+        """
+        return cls(**_fields(backend, device_id, timeout_s))
+
+    @classmethod
+    def from_unique_id(
+        cls,
+        unique_id: bytes,
+        *,
+        rank: int,
+        rank_count: int,
+        backend: str = "cpu",
+        device_id: int = 0,
+        timeout_s: float | None = None,
+    ) -> Group:
+        """Join over TCP the group that create_unique_id() started."""
+        fields = _fields(backend, device_id, timeout_s)
+        fields["unique_id"] = _unique_id(unique_id)
+        return cls(rank=rank, rank_count=rank_count, **fields)
+
+    @classmethod
+    def from_world(
+        cls,
+        world: World,
+        *,
+        rank: int,
+        backend: str = "cpu",
+        device_id: int = 0,
+        timeout_s: float | None = None,
+    ) -> Group:
+        """Join the other threads of this process that do so with the same world."""
+        if not world._destroy.alive:
+            raise EpError("the world is closed")
+        fields = _fields(backend, device_id, timeout_s)
+        group = cls(rank=rank, rank_count=world.rank_count, world=world._c, **fields)
+        group._world = world
+        return group
+
+    @classmethod
+    def from_callback(
+        cls,
+        all_gather: AllGather,
+        *,
+        rank: int,
+        rank_count: int,
+        backend: str = "cpu",
+        device_id: int = 0,
+        timeout_s: float | None = None,
+    ) -> Group:
+        """Join over the caller's own all-gather of bytes.
+
+        It is called now and when buffers are created, with a bytes object of the same length on
+        each rank, and returns those of all ranks in their order. What it raises is raised here.
+        """
+        exchange = _Exchange(all_gather, rank_count)
+        fields = _fields(backend, device_id, timeout_s)
+        return cls(exchange, rank=rank, rank_count=rank_count, **fields)
+
+    @classmethod
+    def from_torch(
+        cls,
+        process_group: Any = None,
+        *,
+        backend: str = "cpu",
+        device_id: int = 0,
+        timeout_s: float | None = None,
+    ) -> Group:
+        """Join the ranks of a torch.distributed process group (None: the default one).
+
+        Anything goes for which torch.distributed.all_gather_object() works.
+        """
+        distributed = importlib.import_module("torch.distributed")
+        rank_count = distributed.get_world_size(process_group)
+
+        def all_gather(data: bytes) -> list[bytes]:
+            gathered: list[bytes] = [b""] * rank_count
+            distributed.all_gather_object(gathered, data, group=process_group)
+            return gathered
+
+        return cls.from_callback(
+            all_gather,
+            rank=distributed.get_rank(process_group),
+            rank_count=rank_count,
+            backend=backend,
+            device_id=device_id,
+            timeout_s=timeout_s,
+        )
+
+    @classmethod
+    def from_mpi(
+        cls,
+        comm: Any,
+        *,
+        backend: str = "cpu",
+        device_id: int = 0,
+        timeout_s: float | None = None,
+    ) -> Group:
+        """Join the ranks of an mpi4py communicator, by Get_rank, Get_size and allgather."""
+        return cls.from_callback(
+            comm.allgather,
+            rank=comm.Get_rank(),
+            rank_count=comm.Get_size(),
+            backend=backend,
+            device_id=device_id,
+            timeout_s=timeout_s,
+        )
+
+    @classmethod
+    def single(
+        cls, *, backend: str = "cpu", device_id: int = 0, timeout_s: float | None = None
+    ) -> Group:
+        """Make a group of one rank, with nobody to meet."""
+        return cls(rank=0, rank_count=1, **_fields(backend, device_id, timeout_s))
+
+    @property
+    def size(self) -> int:
+        """Number of ranks; the same as rank_count."""
+        return self.rank_count
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return not self._destroy.alive
+
+    def transport(self, peer: int) -> Transport:
+        """Tell how rank ``peer`` is reached, and why; ValueError if there is no such rank."""
+        info = struct("mep_transport_info_t")
+        check(lib.mep_group_query_transport(self._open(), peer, info))
+        return Transport(info.kind, text(info.name), text(info.reason))
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """Gather bytes of the same length, at most 1 MiB, from each rank; also a barrier.
+
+        Collective. Returns one bytes object per rank. Errors: ValueError, EpTimeoutError, EpError
+        (lengths differ).
+        """
+        receive = ffi.new("char[]", len(data) * self.rank_count)
+        self._check(lib.mep_group_all_gather(self._open(), data, receive, len(data)))
+        gathered = bytes(ffi.buffer(receive))
+        return [gathered[rank * len(data) :][: len(data)] for rank in range(self.rank_count)]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. Collective."""
+        self.all_gather(_BARRIER)
+
+    def close(self) -> None:
+        """Leave the group; later calls on it and on its buffers raise EpError.
+
+        Closing twice is harmless.
+        """
+        self._destroy()
+
+    def __enter__(self) -> Group:
+        """Return the group itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    _world: World | None = None  # lives at least as long as the group
+
+    def _open(self) -> Any:
+        """Return the ``mep_group_t *`` of an open group."""
+        if not self._destroy.alive:
+            raise EpError("the group is closed")
+        return self._c
+
+    def _check(self, status: int) -> None:
+        """Raise what the caller's all-gather raised, else what the status stands for."""
+        raised = self._exchange.take_error() if self._exchange is not None else None
+        if raised is not None:
+            raise raised
+        if status != 0:
+            raise failure(status)
+
+
+class _Exchange:
+    """The caller's all-gather as a C callback; keeps what it raised for Python to raise again."""
+
+    def __init__(self, all_gather: AllGather, rank_count: int) -> None:
+        self._all_gather = all_gather
+        self._rank_count = rank_count
+        self._error: BaseException | None = None
+        self.callback = ffi.callback("mep_all_gather_callback_t")(self._call)
+
+    def take_error(self) -> BaseException | None:
+        """Return what the last call raised, once."""
+        error, self._error = self._error, None
+        return error
+
+    def _call(self, _context: Any, send: Any, receive: Any, count: int) -> int:
+        try:
+            gathered = list(self._all_gather(bytes(ffi.buffer(send, count))))
+            lengths = [len(part) for part in gathered]
+            if lengths != [count] * self._rank_count:
+                raise ValueError(
+                    f"all_gather returned lengths {lengths}, not {self._rank_count} times {count}"
+                )
+            ffi.memmove(receive, b"".join(gathered), count * self._rank_count)
+        except BaseException as error:  # C cannot pass it on; _check() raises it again
+            self._error = error
+            return 1
+        return 0
+
+
+def _fields(backend: str, device_id: int, timeout_s: float | None) -> dict[str, Any]:
+    return {
+        "backend": backend_code(backend),
+        "device_id": device_id,
+        "timeout_us": timeout_us(timeout_s),
+    }
+
+
+def _unique_id(unique_id: bytes) -> Any:
+    if len(unique_id) != lib.MEP_UNIQUE_ID_BYTES:
+        raise ValueError(f"unique_id has {len(unique_id)} bytes, not {lib.MEP_UNIQUE_ID_BYTES}")
+    value = ffi.new("mep_unique_id_t *")
+    ffi.memmove(value, unique_id, lib.MEP_UNIQUE_ID_BYTES)
+    return value

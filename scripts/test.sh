@@ -1,0 +1,193 @@
+#!/usr/bin/env bash
+# Builds and tests everything, on a fresh Debian or Ubuntu with Python >= 3.10 too: what is missing
+# is installed by apt (as root or by sudo) and into build/venv by pip. Logs go to build/logs.
+#
+#   MEP_TEST_STAGES      which stages to run; default: default asan tsan wheel python cuda lint
+#   MEP_TEST_FRAMEWORKS  what pip installs for the Python tests, which skip what is not there;
+#                        default: torch==2.13.0 jax
+#   PYTHON               the interpreter of build/venv; default: python3
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+readonly STAGES=${MEP_TEST_STAGES-default asan tsan wheel python cuda lint}
+readonly FRAMEWORKS=${MEP_TEST_FRAMEWORKS-torch==2.13.0 jax}
+readonly PYTHON=${PYTHON:-python3}
+readonly LOGS=$PWD/build/logs VENV=$PWD/build/venv
+readonly CMAKE_VERSION_MIN=3.25
+readonly SKIPPED=77
+readonly FRAMEWORK_SECONDS_MAX=300 TESTS_SECONDS_MAX=1200
+JOBS=$(nproc)
+readonly JOBS
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+skip() {
+    echo "skipped: $1"
+    return $SKIPPED
+}
+
+# ---- Set-up ---------------------------------------------------------------------------------------
+
+# Prints the Debian packages that are not there.
+missing_packages() {
+    have "${CXX:-g++}" || echo g++
+    have cmake || echo cmake
+    have ninja || echo ninja-build
+    have pkg-config || echo pkg-config
+    have "$PYTHON" || echo python3
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+    compgen -G '/usr/*/lib/cmake/GTest/GTestConfig.cmake' >/dev/null ||
+        compgen -G '/usr/lib/*/cmake/GTest/GTestConfig.cmake' >/dev/null || echo libgtest-dev
+}
+
+install_packages() {
+    local packages as_root=()
+    mapfile -t packages < <(missing_packages)
+    [ ${#packages[@]} -eq 0 ] && return
+    echo "installing ${packages[*]}"
+    if [ "$(id -u)" -ne 0 ]; then
+        have sudo || { echo "no root and no sudo: install ${packages[*]} first"; return 1; }
+        as_root=(sudo)
+    fi
+    "${as_root[@]}" apt-get update -qq &&
+        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends "${packages[@]}"
+}
+
+cmake_is_new_enough() {
+    local version
+    version=$(cmake --version | sed -n 's/^cmake version //p')
+    printf '%s\n' "$CMAKE_VERSION_MIN" "$version" | sort -V -C
+}
+
+stage_setup() {
+    install_packages || return
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        { echo "$PYTHON is older than 3.10; set PYTHON to a newer one"; return 1; }
+    "$VENV/bin/python" -c '' 2>/dev/null || "$PYTHON" -m venv --clear "$VENV" || return
+    cmake_is_new_enough || "$VENV/bin/pip" install "cmake>=$CMAKE_VERSION_MIN"
+}
+
+# ---- Native ---------------------------------------------------------------------------------------
+
+# native PRESET [ARGUMENT OF CMAKE...]
+native() {
+    local preset=$1 launcher=()
+    shift
+    # gcc 12's ThreadSanitizer cannot live with as much address randomisation as new kernels do.
+    if [ "$preset" = tsan ] && setarch "$(uname -m)" -R true 2>/dev/null; then
+        launcher=(setarch "$(uname -m)" -R)
+    fi
+    cmake --fresh --preset "$preset" "$@" &&
+        cmake --build --preset "$preset" -j "$JOBS" &&
+        "${launcher[@]}" ctest --preset "$preset" -j "$JOBS" --output-junit "$LOGS/$preset.xml"
+}
+
+stage_default() { native default -DMEP_CUDA=OFF; } # the cuda stage compiles that
+stage_asan() { native asan; }
+stage_tsan() { native tsan; }
+
+stage_cuda() {
+    have nvcc || [ -x /usr/local/cuda/bin/nvcc ] || skip "no nvcc" || return
+    cmake --fresh --preset cuda && cmake --build --preset cuda -j "$JOBS"
+}
+
+# ---- Python ---------------------------------------------------------------------------------------
+
+stage_wheel() {
+    rm -rf build/wheel
+    "$VENV/bin/pip" wheel --no-deps --wheel-dir build/wheel . || return
+    local wheel
+    wheel=$(compgen -G "$PWD/build/wheel/*.whl") || return
+    "$VENV/bin/pip" install --force-reinstall --no-deps "$wheel" &&
+        "$VENV/bin/pip" install "$wheel[cli,test]" &&
+        (cd / && "$VENV/bin/python" -c 'import mooncake_ep')
+}
+
+stage_python() {
+    local framework
+    for framework in $FRAMEWORKS; do
+        timeout "$FRAMEWORK_SECONDS_MAX" "$VENV/bin/pip" install "$framework" ||
+            echo "note: $framework could not be installed, its tests skip"
+    done
+    timeout -k 10 "$TESTS_SECONDS_MAX" \
+        "$VENV/bin/python" -m pytest tests/python --junit-xml="$LOGS/python.xml"
+}
+
+# ---- Lint -----------------------------------------------------------------------------------------
+
+stage_lint() {
+    local complaining=""
+    "$VENV/bin/pip" install -q -r tools/lint-requirements.txt || return
+    PATH=$VENV/bin:$PATH
+    find include libep tests/native -regex '.*\.\(h\|inl\|c\|cc\|cu\)' -print0 |
+        xargs -0 clang-format --dry-run -Werror || complaining+=" clang-format"
+    ruff check . || complaining+=" ruff-check"
+    ruff format --check . || complaining+=" ruff-format"
+    python tools/gen_ffi.py include/mooncake_ep.h python/mooncake_ep && mypy || complaining+=" mypy"
+    python tests/check_includes.py || complaining+=" check_includes"
+    [ -z "$complaining" ] || { echo "complaints from:$complaining"; return 1; }
+}
+
+# ---- Run and sum up -------------------------------------------------------------------------------
+
+table=()
+failed_stages=0
+
+run_stage() {
+    local name=$1 log=$LOGS/$1.log start=$SECONDS result
+    echo "== $name"
+    ("stage_$name") >"$log" 2>&1 </dev/null
+    case $? in
+        0) result=ok ;;
+        "$SKIPPED") result=$(tail -n 1 "$log") ;;
+        *)
+            result="FAILED, see build/logs/$name.log"
+            failed_stages=$((failed_stages + 1))
+            tail -n 80 "$log"
+            ;;
+    esac
+    table+=("$(printf '%-8s %4d s  %s' "$name" $((SECONDS - start)) "$result")")
+}
+
+# Prints "N passed, N failed[, N skipped]" over the JUnit files of all test runs.
+count_tests() {
+    "$VENV/bin/python" - "$LOGS"/*.xml <<'PYTHON'
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+total = failed = skipped = 0
+for path in filter(Path.exists, map(Path, sys.argv[1:])):
+    for suite in ElementTree.parse(path).iter("testsuite"):
+        number = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+        total += number["tests"]
+        failed += number["failures"] + number["errors"]
+        skipped += number["skipped"] + int(suite.get("disabled", 0))
+print(f"{total - failed - skipped} passed, {failed} failed" + f", {skipped} skipped" * (skipped > 0))
+PYTHON
+}
+
+mkdir -p "$LOGS"
+rm -f "$LOGS"/*.xml "$LOGS"/*.log
+run_stage setup
+if [ $failed_stages -eq 0 ]; then
+    PATH=$PATH:$VENV/bin # for a CMake that pip installed; the system's own comes first
+    cmake_is_new_enough || PATH=$VENV/bin:$PATH
+    for stage in $STAGES; do
+        run_stage "$stage"
+    done
+fi
+
+echo
+printf '%s\n' "${table[@]}"
+printf '%-8s %4d s\n\n' total $SECONDS
+grep -h '^note: ' "$LOGS/python.log" 2>/dev/null
+for stage in $STAGES; do
+    case $stage in
+        default | asan | tsan) grep -h '^[0-9]*% tests passed' "$LOGS/$stage.log" ;;
+        python) grep -hE '^=+ .*(passed|failed|skipped|error|no tests ran).* =+$' "$LOGS/python.log" | tail -n 1 ;;
+    esac
+done
+[ -x "$VENV/bin/python" ] && count_tests
+[ $failed_stages -eq 0 ]

@@ -1,0 +1,464 @@
+// The library as a caller sees it: through the C ABI, ranks as threads. Processes:
+// processes_test.cc; what is refused: errors_test.cc.
+#include "support/abi.h"
+#include "support/tidy.h"
+
+#include <atomic>
+
+namespace ep::test {
+namespace {
+
+using Api = Tidy;
+
+// A group and a buffer for each of R threads, then body(group, buffer, rank).
+using Body = std::function<void(const Group &, const Buffer &, int)>;
+void run_buffers(int rank_count, const mep_buffer_config_t &config, const Body &body) {
+    const World world = make_world(rank_count);
+    run_ranks(rank_count, [&](int rank) {
+        const Group group = make_group(group_config(rank, rank_count, world.get()));
+        const Buffer buffer = make_buffer(group, config);
+        body(group, buffer, rank);
+    });
+}
+
+// ---- Rounds
+// ---------------------------------------------------------------------------------------
+
+TEST_F(Api, CarriesTokensThereAndBackBetweenAnyNumberOfRanks) {
+    for (const int rank_count : {1, 2, 3, 4, 8})
+        for (const int thread_count : {1, 3}) {
+            SCOPED_TRACE(std::to_string(rank_count) + " ranks of " + std::to_string(thread_count) +
+                         " threads");
+            mep_buffer_config_t config = buffer_config(rank_count);
+            config.cpu_thread_count = thread_count;
+            run_buffers(rank_count, config, [&](const Group &, const Buffer &buffer, int rank) {
+                for (uint64_t seed = 1; seed <= 4; ++seed)
+                    expect_round(buffer, Plan::of(config, rank_count, seed), rank);
+            });
+        }
+}
+
+TEST_F(Api, KeepsItsPromisesForAThousandRounds) {
+    mep_buffer_config_t config = buffer_config(2);
+    config.hidden = 8;
+    run_buffers(2, config, [&](const Group &, const Buffer &buffer, int rank) {
+        for (uint64_t seed = 0; seed < 1000 && !::testing::Test::HasFailure(); ++seed) {
+            SCOPED_TRACE("seed " + std::to_string(seed));
+            expect_round(buffer, Plan::of(config, 2, seed), rank);
+        }
+        EXPECT_EQ(counters_of(buffer).dispatches_sent, 1000U);
+        EXPECT_EQ(counters_of(buffer).combines_sent, 1000U);
+        EXPECT_EQ(counters_of(buffer).invalid_messages, 0U);
+    });
+}
+
+TEST_F(Api, ReceivesHalvesInAnyOrder) {
+    const mep_buffer_config_t config = buffer_config(3);
+    run_buffers(3, config, [&](const Group &, const Buffer &buffer, int rank) {
+        for (uint64_t seed = 10; seed < 20; ++seed) {
+            const Plan plans[] = {Plan::of(config, 3, seed), Plan::of(config, 3, seed + 1000)};
+            Share one(plans[0], rank), two(plans[1], rank);
+            const Handle first = make_handle(buffer), second = make_handle(buffer);
+            EXPECT_EQ(one.dispatch(buffer, first, MEP_PHASE_SEND), MEP_OK);
+            EXPECT_EQ(two.dispatch(buffer, second, MEP_PHASE_SEND), MEP_OK);
+            EXPECT_EQ(two.dispatch(buffer, second, MEP_PHASE_RECEIVE), MEP_OK);
+            EXPECT_EQ(two.combine(buffer, second, MEP_PHASE_SEND), MEP_OK);
+            EXPECT_EQ(one.dispatch(buffer, first, MEP_PHASE_RECEIVE), MEP_OK);
+            EXPECT_EQ(one.combine(buffer, first, MEP_PHASE_SEND), MEP_OK);
+            EXPECT_EQ(one.combine(buffer, first, MEP_PHASE_RECEIVE), MEP_OK);
+            EXPECT_EQ(two.combine(buffer, second, MEP_PHASE_RECEIVE), MEP_OK);
+            for (Share *share : {&one, &two}) {
+                EXPECT_TRUE(share->dispatched());
+                EXPECT_TRUE(share->combined());
+            }
+        }
+    });
+}
+
+TEST_F(Api, HandlesOutliveLaterRoundsAndCombineAgain) {
+    const mep_buffer_config_t config = buffer_config(2);
+    constexpr int kLayers = 5;
+    run_buffers(2, config, [&](const Group &, const Buffer &buffer, int rank) {
+        std::vector<Plan> plans;
+        for (int layer = 0; layer < kLayers; ++layer)
+            plans.push_back(Plan::of(config, 2, 50 + layer));
+        std::vector<Share> shares;
+        std::vector<Handle> handles;
+        for (int layer = 0; layer < kLayers; ++layer) {
+            shares.emplace_back(plans[layer], rank);
+            handles.push_back(make_handle(buffer));
+            EXPECT_EQ(shares[layer].dispatch(buffer, handles[layer]), MEP_OK);
+        }
+        for (uint64_t seed = 60; seed < 70; ++seed)
+            expect_round(buffer, Plan::of(config, 2, seed), rank);
+        for (int pass = 0; pass < 3; ++pass)
+            for (int layer = kLayers - 1; layer >= 0; --layer) {
+                Share &share = shares[layer];
+                share.out.poison();
+                EXPECT_EQ(share.combine(buffer, handles[layer]), MEP_OK);
+                EXPECT_TRUE(share.combined()) << "layer " << layer;
+            }
+    });
+}
+
+TEST_F(Api, TakesWeightsAtCombineInsteadOfDispatch) {
+    const mep_buffer_config_t config = buffer_config(3);
+    run_buffers(3, config, [&](const Group &, const Buffer &buffer, int rank) {
+        const Handle handle = make_handle(buffer);
+        for (uint64_t seed = 80; seed < 90; ++seed) {
+            const Plan plan = Plan::of(config, 3, seed);
+            Share share(plan, rank);
+            mep_dispatch_args_t dispatch = share.dispatch_args();
+            dispatch.topk_weights = nullptr;
+            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &dispatch), MEP_OK);
+            mep_combine_args_t combine = share.combine_args();
+            combine.topk_weights = share.topk_weights.view();
+            EXPECT_EQ(mep_combine(buffer.get(), handle.get(), &combine), MEP_OK);
+            EXPECT_TRUE(share.combined());
+        }
+    });
+}
+
+TEST_F(Api, CastsToFp8WithScalesOfAnyStrides) {
+    const mep_buffer_config_t config = buffer_config(2);
+    run_buffers(2, config, [&](const Group &, const Buffer &buffer, int rank) {
+        const Plan plan = Plan::of(config, 2, 95);
+        Share share(plan, rank);
+        const int64_t experts = plan.local_experts(), rows = plan.region(), groups = 1;
+        share.out_x = Tensor(kUint8, {experts, rows, config.hidden});
+        Tensor scales(kFloat32, {groups, experts, rows});
+        scales.shape = {experts, rows, groups};
+        scales.strides = {rows, 1, experts * rows};
+        mep_dispatch_args_t args = share.dispatch_args();
+        args.quant = MEP_QUANT_FP8;
+        args.out_scales = scales.view();
+        EXPECT_EQ(mep_dispatch(buffer.get(), make_handle(buffer).get(), &args), MEP_OK)
+            << mep_last_error();
+        for (int e = 0; e < experts; ++e)
+            for (size_t i = 0; i < plan.rows[rank * experts + e].size(); ++i) {
+                const Packed &row = plan.rows[rank * experts + e][i];
+                const float scale = scales.data<float>()[e * rows + i];
+                const char *codes = share.out_x.data() + (e * rows + i) * config.hidden;
+                for (int h = 0; h < config.hidden; ++h)
+                    ASSERT_TRUE(near_as_fp8(scale * read_element(Element::kFp8, codes, h),
+                                            plan.value(row.source, row.token, h), scale));
+            }
+    });
+}
+
+TEST_F(Api, TakesRowsFurtherApartThanTheirLength) {
+    const mep_buffer_config_t config = buffer_config(2);
+    run_buffers(2, config, [&](const Group &, const Buffer &buffer, int rank) {
+        const Plan plan = Plan::of(config, 2, 97);
+        Share share(plan, rank);
+        const int64_t count = plan.tokens[rank].count, hidden = config.hidden, stride = hidden + 8;
+        const Handle handle = make_handle(buffer);
+        Tensor x(kBfloat16, {count + 1, stride}), out(kBfloat16, {count + 1, stride});
+        for (int64_t token = 0; token < count; ++token)
+            std::memcpy(x.data() + (token * stride + 8) * 2, share.x.data() + token * hidden * 2,
+                        hidden * 2);
+        for (Tensor *tensor : {&x, &out}) {
+            tensor->shape = {count, hidden};
+            tensor->strides = {stride, 1};
+            tensor->byte_offset = 16;
+        }
+        mep_dispatch_args_t dispatch = share.dispatch_args();
+        dispatch.x = x.view();
+        EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &dispatch), MEP_OK);
+        EXPECT_TRUE(share.dispatched());
+        mep_combine_args_t combine = share.combine_args();
+        combine.out = out.view();
+        EXPECT_EQ(mep_combine(buffer.get(), handle.get(), &combine), MEP_OK);
+        for (int64_t token = 0; token < count; ++token)
+            std::memcpy(share.out.data() + token * hidden * 2,
+                        out.data() + (token * stride + 8) * 2, hidden * 2);
+        EXPECT_TRUE(share.combined());
+    });
+}
+
+TEST_F(Api, LeavesOptionalOutputsOut) {
+    const mep_buffer_config_t config = buffer_config(1);
+    run_buffers(1, config, [&](const Group &, const Buffer &buffer, int rank) {
+        const Plan plan = Plan::of(config, 1, 98);
+        Share share(plan, rank);
+        const Handle handle = make_handle(buffer);
+        mep_dispatch_args_t args = share.dispatch_args();
+        args.out_src_info = nullptr;
+        args.out_layout_range = nullptr;
+        EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+        EXPECT_EQ(share.combine(buffer, handle), MEP_OK);
+        EXPECT_TRUE(share.combined());
+        EXPECT_EQ(share.out_src_info.data<int32_t>()[0], -1);
+    });
+}
+
+TEST_F(Api, CountsIdsOutOfRange) {
+    const mep_buffer_config_t config = buffer_config(1);
+    run_buffers(1, config, [&](const Group &, const Buffer &buffer, int rank) {
+        const Plan plan = Plan::of(config, 1, 99);
+        uint64_t invalid = 0;
+        for (const int64_t id : plan.tokens[0].topk_idx)
+            invalid += id < -1 || id >= config.expert_count;
+        expect_round(buffer, plan, rank);
+        EXPECT_EQ(counters_of(buffer).invalid_expert_ids, invalid);
+    });
+}
+
+// ---- Masks
+// ----------------------------------------------------------------------------------------
+
+// Where threads meet without the library: a rank that is dead to it is absent here too.
+class MeetingPoint {
+  public:
+    explicit MeetingPoint(int count) : count_(count) {}
+    void meet() {
+        const int round = arrived_++ / count_;
+        while (arrived_ < (round + 1) * count_)
+            sched_yield();
+    }
+
+  private:
+    const int count_;
+    std::atomic<int> arrived_{0};
+};
+
+// Ranks 0 and 1 of three do a round without rank 2, which has a buffer but never sends. All send
+// before any receives, so that only rank 2 can miss a deadline.
+void run_without_rank_2(
+    const std::function<void(Share &, const Buffer &, const Handle &, MeetingPoint &)> &survivor) {
+    const mep_buffer_config_t config = buffer_config(3);
+    MeetingPoint point(2);
+    run_buffers(3, config, [&](const Group &, const Buffer &buffer, int rank) {
+        if (rank == 2) return;
+        const Plan plan = Plan::of(config, 3, 110, {2});
+        Share share(plan, rank);
+        survivor(share, buffer, make_handle(buffer), point);
+    });
+}
+
+constexpr int64_t kShortUs = 20'000;
+
+void expect_good_combine(Share &share, const Buffer &buffer, const Handle &handle,
+                         const mep_tensor_t *active) {
+    EXPECT_TRUE(share.dispatched());
+    mep_combine_args_t combine = share.combine_args();
+    combine.active_ranks = active;
+    EXPECT_EQ(mep_combine(buffer.get(), handle.get(), &combine), MEP_OK) << mep_last_error();
+    EXPECT_TRUE(share.combined());
+}
+
+TEST_F(Api, DoesNotWaitForRanksThatTheCallerMasks) {
+    run_without_rank_2(
+        [](Share &share, const Buffer &buffer, const Handle &handle, MeetingPoint &) {
+            Tensor active(kInt32, {3});
+            active.fill<int32_t>({1, 1, 0});
+            mep_dispatch_args_t args = share.dispatch_args();
+            args.active_ranks = active.view();
+            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+            expect_good_combine(share, buffer, handle, active.view());
+        });
+}
+
+TEST_F(Api, MasksALateRankInTheCallersArray) {
+    run_without_rank_2(
+        [](Share &share, const Buffer &buffer, const Handle &handle, MeetingPoint &point) {
+            Tensor active(kInt32, {4});  // more than there are ranks: the rest is not ours
+            active.fill<int32_t>({1, 1, 1, 7});
+            mep_dispatch_args_t args = share.dispatch_args(MEP_PHASE_SEND);
+            args.timeout_us = kShortUs;
+            args.active_ranks = active.view();
+            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+            point.meet();
+            args.phases = MEP_PHASE_RECEIVE;
+            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+            EXPECT_EQ(std::vector<int32_t>(active.data<int32_t>(), active.data<int32_t>() + 4),
+                      (std::vector<int32_t>{1, 1, 0, 7}));
+            expect_good_combine(share, buffer, handle, active.view());
+        });
+}
+
+TEST_F(Api, ReportsALateRankOnceAndGoesOnWithoutIt) {
+    expect_warnings();
+    run_without_rank_2(
+        [](Share &share, const Buffer &buffer, const Handle &handle, MeetingPoint &point) {
+            mep_dispatch_args_t args = share.dispatch_args(MEP_PHASE_SEND);
+            args.timeout_us = kShortUs;
+            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+            point.meet();
+            args.phases = MEP_PHASE_RECEIVE;
+            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_PEER_FAILED);
+            EXPECT_NE(std::string(mep_last_error()).find("rank 2"), std::string::npos)
+                << mep_last_error();
+            expect_good_combine(share, buffer, handle, nullptr);
+            expect_round(buffer, share.plan, share.rank);
+        });
+}
+
+// ---- Life and death
+// -------------------------------------------------------------------------------
+
+TEST_F(Api, RanksLeaveInAnyOrder) {
+    const mep_buffer_config_t config = buffer_config(3);
+    for (int first = 0; first < 3; ++first)
+        run_buffers(3, config, [&](const Group &, const Buffer &buffer, int rank) {
+            const Plan plan = Plan::of(config, 3, 120 + first);
+            // The others may still be reading what the first one to leave has sent.
+            if (rank != first)
+                for (int i = 0; i < 200; ++i)
+                    sched_yield();
+            expect_round(buffer, plan, rank);
+        });
+}
+
+TEST_F(Api, BufferOutlivesItsGroupOnlyToBeDestroyed) {
+    const mep_buffer_config_t config = buffer_config(1);
+    Group group = make_group(group_config(0, 1, nullptr));
+    const Buffer buffer = make_buffer(group, config);
+    const Handle handle = make_handle(buffer);
+    const Plan plan = Plan::of(config, 1, 130);
+    Share share(plan, 0);
+    group.reset();
+    EXPECT_EQ(share.dispatch(buffer, handle), MEP_INVALID_STATE);
+    mep_handle_t *another = nullptr;
+    EXPECT_EQ(mep_handle_create(buffer.get(), &another), MEP_INVALID_STATE);
+    EXPECT_EQ(another, nullptr);
+}
+
+// Each rank creates with a config of its own; all fail with `status`, and then a good round works.
+void expect_create_fails_everywhere(const std::function<void(int, mep_buffer_config_t *)> &spoil,
+                                    mep_status_t status, const std::string &elsewhere) {
+    const World world = make_world(3);
+    const mep_buffer_config_t good = buffer_config(3);
+    run_ranks(3, [&](int rank) {
+        const Group group = make_group(group_config(rank, 3, world.get()));
+        mep_buffer_config_t config = good;
+        spoil(rank, &config);
+        mep_buffer_t *buffer = nullptr;
+        EXPECT_EQ(mep_buffer_create(group.get(), &config, &buffer), status) << mep_last_error();
+        EXPECT_EQ(buffer, nullptr);
+        const bool told = std::string(mep_last_error()).find(elsewhere) != std::string::npos;
+        EXPECT_TRUE(rank == 1 || told) << mep_last_error();
+        expect_round(make_buffer(group, good), Plan::of(good, 3, 140), rank);
+    });
+}
+
+TEST_F(Api, BadConfigOfOneRankFailsAll) {
+    expect_create_fails_everywhere(
+        [](int rank, mep_buffer_config_t *config) {
+            if (rank == 1) config->hidden = 7;
+        },
+        MEP_INVALID_ARGUMENT, "rank 1: config.hidden is 7");
+}
+
+TEST_F(Api, UnknownFieldOfOneRankFailsAll) {
+    expect_create_fails_everywhere(
+        [](int rank, mep_buffer_config_t *config) {
+            if (rank == 1) config->struct_size = 0;
+        },
+        MEP_INVALID_ARGUMENT, "rank 1: config.struct_size is 0");
+}
+
+TEST_F(Api, ConfigsThatDifferFailAll) {
+    expect_create_fails_everywhere(
+        [](int rank, mep_buffer_config_t *config) {
+            if (rank == 1) config->token_count_max = 7;
+        },
+        MEP_MISMATCH, "config.token_count_max");
+}
+
+TEST_F(Api, MemoryThatOneRankCannotHaveFailsAll) {
+    // Any amount is equal on all ranks, so all fail alone; what counts is that nothing is left.
+    expect_create_fails_everywhere(
+        [](int, mep_buffer_config_t *config) {
+            config->token_count_max = 30'000;
+            config->hidden = 65'536;
+            config->expert_count = 3;
+        },
+        MEP_OUT_OF_MEMORY, "window");
+}
+
+TEST_F(Api, ThreadCountsMayDiffer) {
+    const World world = make_world(2);
+    run_ranks(2, [&](int rank) {
+        const Group group = make_group(group_config(rank, 2, world.get()));
+        mep_buffer_config_t config = buffer_config(2);
+        config.cpu_thread_count = 1 + rank;
+        expect_round(make_buffer(group, config), Plan::of(config, 2, 150), rank);
+    });
+}
+
+TEST_F(Api, TwoBuffersOfAGroupDoNotDisturbEachOther) {
+    const mep_buffer_config_t one = buffer_config(2);
+    mep_buffer_config_t other = one;
+    other.hidden = 256;
+    other.rounds_in_flight_max = 1;
+    run_buffers(2, one, [&](const Group &group, const Buffer &buffer, int rank) {
+        const Buffer second = make_buffer(group, other);
+        for (uint64_t seed = 160; seed < 170; ++seed) {
+            expect_round(buffer, Plan::of(one, 2, seed), rank);
+            expect_round(second, Plan::of(other, 2, seed), rank);
+        }
+    });
+}
+
+// ---- Other ways to meet
+// ---------------------------------------------------------------------------
+
+// An all-gather of the caller's own.
+struct Gatherer {
+    explicit Gatherer(int rank_count) : point(rank_count), sent(rank_count) {}
+    MeetingPoint point;
+    std::vector<const void *> sent;
+};
+struct GathererOfRank {
+    Gatherer *all;
+    int rank;
+};
+
+int32_t gather(void *context, const void *send, void *receive, size_t bytes) {
+    const GathererOfRank &self = *static_cast<GathererOfRank *>(context);
+    self.all->sent[self.rank] = send;
+    self.all->point.meet();
+    for (size_t rank = 0; rank < self.all->sent.size(); ++rank)
+        std::memcpy(static_cast<char *>(receive) + rank * bytes, self.all->sent[rank], bytes);
+    self.all->point.meet();
+    return 0;
+}
+
+TEST_F(Api, MeetsOverTheCallersAllGather) {
+    Gatherer gatherer(3);
+    run_ranks(3, [&](int rank) {
+        GathererOfRank self{&gatherer, rank};
+        mep_group_config_t config = group_config(rank, 3, nullptr);
+        config.all_gather = gather;
+        config.all_gather_context = &self;
+        const Group group = make_group(config);
+        const mep_buffer_config_t shape = buffer_config(3);
+        expect_round(make_buffer(group, shape), Plan::of(shape, 3, 180), rank);
+    });
+}
+
+TEST_F(Api, MeetsOverAUniqueIdInOneProcess) {
+    mep_unique_id_t id;
+    ASSERT_EQ(mep_unique_id_create(nullptr, &id), MEP_OK) << mep_last_error();
+    run_ranks(2, [&](int rank) {
+        mep_group_config_t config = group_config(rank, 2, nullptr);
+        config.unique_id = &id;
+        const Group group = make_group(config);
+        const mep_buffer_config_t shape = buffer_config(2);
+        expect_round(make_buffer(group, shape), Plan::of(shape, 2, 190), rank);
+    });
+}
+
+TEST_F(Api, GathersTheCallersBytes) {
+    run_buffers(3, buffer_config(3), [](const Group &group, const Buffer &, int rank) {
+        const int64_t mine = 100 + rank;
+        int64_t all[3] = {};
+        EXPECT_EQ(mep_group_all_gather(group.get(), &mine, all, sizeof mine), MEP_OK);
+        for (int peer = 0; peer < 3; ++peer)
+            EXPECT_EQ(all[peer], 100 + peer);
+    });
+}
+
+}  // namespace
+}  // namespace ep::test

@@ -1,0 +1,102 @@
+// The same kernels and promises on a GPU made of threads (device/emu.h), at the warp width that
+// CMake compiles this file for. Shapes are small: a launch starts hundreds of threads.
+#if !defined(EP_DEVICE_EMU)
+#define EP_DEVICE_EMU
+#endif
+#include "kernels/promises.h"
+#include "kernels/table.h"
+
+namespace ep::test {
+namespace {
+
+// What does not depend on the width of a warp is shown at the narrowest: each lane is a thread.
+constexpr bool kWide = emu::kWarpSize > 4;
+constexpr const char *kWhyNotWide = "does not depend on the width of a warp; see the narrowest";
+
+Rig small(Element type, Quant quant, Weights weights) {
+    Rig rig;
+    rig.experts = 4;
+    rig.tokens_max = 3;
+    rig.topk = 3;
+    rig.type = type;
+    rig.quant = quant;
+    rig.weights = weights;
+    return rig;
+}
+
+Rig small_bf16(Weights weights) {
+    return small(Element::kBf16, Quant::kNone, weights);
+}
+
+TEST(EmuKernels, CarryRowsAsTheyAre) {
+    expect_rounds_are_right(small_bf16(Weights::kAtDispatch), 100, kWide ? 1 : 3);
+}
+
+TEST(EmuKernels, CarryWeightsGivenAtCombine) {
+    Rig rig = small_bf16(Weights::kAtCombine);
+    rig.hidden = 264;  // more octets than a warp of 32 has lanes
+    rig.fp32_partials = true;
+    expect_rounds_are_right(rig, 200, 1);
+}
+
+TEST(EmuKernels, CastRowsToFp8) {
+    Rig rig = small(Element::kBf16, Quant::kFp8, Weights::kNone);
+    rig.hidden = 384;  // three groups: not all lanes of a wide warp have one
+    expect_rounds_are_right(rig, 300, 1);
+    rig.type = rig.combine_type = Element::kFp32;
+    rig.quant = Quant::kFp8Pow2;
+    expect_rounds_are_right(rig, 301, 1);
+}
+
+TEST(EmuKernels, CarryFp8WithItsScales) {
+    expect_rounds_are_right(small(Element::kFp8, Quant::kNone, Weights::kNone), 400, 1);
+}
+
+TEST(EmuKernels, TakeMoreChoicesThanAWarpHasLanes) {
+    Rig rig = small_bf16(Weights::kAtCombine);
+    rig.experts = 16;
+    rig.topk = 9;
+    rig.idx_bytes = 4;
+    rig.tokens_max = 2;
+    expect_rounds_are_right(rig, 500, 1);
+}
+
+TEST(EmuKernels, ServeMoreRanksThanOnePassHasTargets) {
+    if (kWide) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = small_bf16(Weights::kAtDispatch);
+    rig.ranks = 6;
+    rig.experts = 12;
+    rig.topk = 8;
+    expect_rounds_are_right(rig, 600, 1);
+}
+
+TEST(EmuKernels, ReceiveTwoRoundsInEitherOrder) {
+    if (kWide) GTEST_SKIP() << kWhyNotWide;
+    expect_either_order_is_right(small_bf16(Weights::kAtDispatch), 700);
+}
+
+TEST(EmuKernels, LoseNothingWhenARankIsHeld) {
+    if (kWide) GTEST_SKIP() << kWhyNotWide;
+    for (int flight = 1; flight <= 2; ++flight) {
+        Rig rig = small_bf16(Weights::kAtDispatch);
+        rig.tokens_max = 2;
+        rig.hidden = 8;
+        rig.rounds_in_flight = flight;
+        expect_held_rank_loses_nothing(rig, flight % 2, 800);
+    }
+}
+
+TEST(EmuKernels, GoOnWithoutARankThatNeverStarts) {
+    Rig rig = small_bf16(Weights::kNone);
+    rig.ranks = kWide ? 2 : 3;
+    rig.experts = 6;
+    expect_survivors_go_on(rig, 1, 900);
+}
+
+}  // namespace
+
+Kernels kernels_under_test() {
+    return emu::kernels(emu::kWarpsPerBlock);
+}
+
+}  // namespace ep::test

@@ -1,0 +1,244 @@
+// What the kernels promise on every device. The device's own test file includes this and says with
+// which shapes.
+#pragma once
+
+#include "support/fleet.h"
+
+#include <atomic>
+#include <chrono>
+
+namespace ep::test {
+
+inline std::string describe(const Rig &rig, uint64_t seed) {
+    std::ostringstream text;
+    text << rig << ", seed " << seed;
+    return text.str();
+}
+
+// Lets others run for a while that differs from call to call.
+class Jitter {
+  public:
+    explicit Jitter(uint64_t seed) : random_(seed) {}
+    void operator()() {
+        const uint64_t draw = random_();
+        for (uint64_t i = draw >> 8 & (draw % 4 == 0 ? 255 : 7); i > 0; --i)
+            sched_yield();
+    }
+
+  private:
+    std::mt19937_64 random_;
+};
+
+inline uint64_t invalid_ids(const Tokens &tokens, int experts) {
+    uint64_t count = 0;
+    for (const int64_t id : tokens.topk_idx)
+        count += id != -1 && (id < 0 || id >= experts);
+    return count;
+}
+
+inline void expect_right(const Fleet &fleet, const Round &round) {
+    for (int rank = 0; rank < fleet.rig().ranks; ++rank) {
+        if (round.lost[rank]) continue;
+        EXPECT_TRUE(fleet.dispatched(round, rank));
+        EXPECT_TRUE(fleet.combined(round, rank));
+    }
+}
+
+// Rounds one after the other, ranks running at their own speeds.
+inline void expect_rounds_are_right(const Rig &rig, uint64_t seed, int round_count) {
+    SCOPED_TRACE(describe(rig, seed));
+    Fleet fleet(rig);
+    std::vector<Round> rounds;
+    for (int i = 0; i < round_count;
+         ++i)  // the first is full, and one rank has nothing in the second
+        rounds.push_back(fleet.round(seed + i, i == 0 ? std::vector<int>(rig.ranks, rig.tokens_max)
+                                               : i == 1 ? std::vector<int>{0}
+                                                        : std::vector<int>{}));
+    fleet.run([&](int rank) {
+        Jitter jitter(seed ^ rank);
+        for (Round &round : rounds) {
+            fleet.both(round.tasks[rank]);
+            jitter();
+        }
+    });
+    std::vector<uint64_t> invalid(rig.ranks);
+    for (const Round &round : rounds) {
+        expect_right(fleet, round);
+        for (int rank = 0; rank < rig.ranks; ++rank)
+            invalid[rank] += invalid_ids(round.tasks[rank].tokens, rig.experts);
+    }
+    for (int rank = 0; rank < rig.ranks; ++rank) {
+        EXPECT_EQ(fleet.state(rank).invalid_expert_ids, invalid[rank]);
+        EXPECT_EQ(fleet.state(rank).invalid_messages, 0U);
+        EXPECT_EQ(fleet.state(rank).dispatch_epoch, uint64_t(round_count));
+        EXPECT_EQ(fleet.active(rank), std::vector<int32_t>(rig.ranks, 1));
+    }
+}
+
+// Two rounds in flight, received in the order they were sent by some ranks and the other by others.
+inline void expect_either_order_is_right(const Rig &rig, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed));
+    Fleet fleet(rig);
+    std::vector<Round> rounds = {fleet.round(seed), fleet.round(seed + 1)};
+    fleet.run([&](int rank) {
+        Task &one = rounds[0].tasks[rank], &two = rounds[1].tasks[rank];
+        Task &first = rank % 2 == 0 ? one : two, &last = rank % 2 == 0 ? two : one;
+        fleet.dispatch_send(one);
+        fleet.dispatch_send(two);
+        fleet.dispatch_receive(first);
+        fleet.dispatch_receive(last);
+        fleet.combine_send(one);
+        fleet.combine_send(two);
+        fleet.combine_receive(last);
+        fleet.combine_receive(first);
+    });
+    for (const Round &round : rounds)
+        expect_right(fleet, round);
+}
+
+// The same inputs give the same bits, also when the ranks run at other speeds.
+inline void expect_same_bits(const Rig &rig, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed));
+    std::vector<Round> results;
+    for (uint64_t run = 0; run < 2; ++run) {
+        Fleet fleet(rig);
+        results.push_back(fleet.round(seed));
+        fleet.run([&, round = &results.back()](int rank) {
+            Jitter jitter(run * 1000 + rank);
+            for (const auto phase : {&Fleet::dispatch_send, &Fleet::dispatch_receive,
+                                     &Fleet::combine_send, &Fleet::combine_receive}) {
+                if (run > 0) jitter();
+                (fleet.*phase)(round->tasks[rank]);
+            }
+        });
+    }
+    for (int rank = 0; rank < rig.ranks; ++rank) {
+        const Task &one = results[0].tasks[rank], &two = results[1].tasks[rank];
+        EXPECT_EQ(one.out_x, two.out_x);
+        EXPECT_EQ(one.out_src_info, two.out_src_info);
+        EXPECT_EQ(one.out, two.out);
+    }
+}
+
+// ---- Reuse of slots
+// -------------------------------------------------------------------------------
+
+using Phase = void (Fleet::*)(Task &);
+
+// Rounds of one operation with F in flight. Before each of its steps `held` waits until all others
+// are as far ahead of it as the rules let them.
+class HeldRank {
+  public:
+    HeldRank(Fleet *fleet, std::vector<Round> *rounds, int held)
+        : fleet_(*fleet), rounds_(*rounds), held_(held), sent_(fleet->rig().ranks) {}
+
+    void run(Phase send, Phase receive, int ahead_max) {
+        for (std::atomic<int> &sent : sent_)
+            sent = 0;
+        fleet_.run([this, send, receive, ahead_max](int rank) {
+            const int in_flight = fleet_.rig().rounds_in_flight, count = int(rounds_.size());
+            for (int round = 0; round < count + in_flight - 1; ++round) {
+                if (round < count) {
+                    if (rank == held_) await_others(ahead_max);
+                    (fleet_.*send)(rounds_[round].tasks[rank]);
+                    ++sent_[rank];
+                }
+                const int oldest = round + 1 - in_flight;
+                if (oldest < 0) continue;
+                if (rank == held_) await_others(ahead_max);
+                (fleet_.*receive)(rounds_[oldest].tasks[rank]);
+            }
+        });
+    }
+
+  private:
+    void await_others(int ahead_max) {
+        const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+        const int goal = std::min(int(rounds_.size()), sent_[held_] + ahead_max);
+        for (int rank = 0; rank < int(sent_.size()); ++rank)
+            while (rank != held_ && sent_[rank] < goal) {
+                ASSERT_LT(std::chrono::steady_clock::now(), give_up) << "rank " << rank << " hangs";
+                sched_yield();
+            }
+    }
+
+    Fleet &fleet_;
+    std::vector<Round> &rounds_;
+    const int held_;
+    std::vector<std::atomic<int>> sent_;
+};
+
+inline void expect_held_rank_loses_nothing(const Rig &rig, int held, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed) + ", held rank " + std::to_string(held));
+    const int flight = rig.rounds_in_flight, full = rig.tokens_max;
+    Fleet fleet(rig);
+    std::vector<Round> rounds;
+    for (int i = 0; i < 4 * flight + 2; ++i)
+        rounds.push_back(fleet.round(seed + i, std::vector<int>(rig.ranks, full)));
+    HeldRank schedule(&fleet, &rounds, held);
+    schedule.run(&Fleet::dispatch_send, &Fleet::dispatch_receive, flight);
+    // A combine that brings weights waits for those of the others when it is sent.
+    schedule.run(&Fleet::combine_send, &Fleet::combine_receive,
+                 rig.weights == Weights::kAtCombine ? 0 : flight);
+    for (const Round &round : rounds)
+        expect_right(fleet, round);
+}
+
+// ---- Lost ranks
+// -----------------------------------------------------------------------------------
+
+inline void expect_masked(Fleet &fleet, int dead) {
+    for (int rank = 0; rank < fleet.rig().ranks; ++rank)
+        for (int peer = 0; rank != dead && peer < fleet.rig().ranks; ++peer)
+            EXPECT_EQ(fleet.active(rank)[peer], peer == dead ? 0 : 1)
+                << "rank " << rank << " about rank " << peer;
+}
+
+// Runs one phase on the survivors; all have done the one before, so only the dead can be late.
+inline void expect_ends(Fleet &fleet, Round &round, Phase phase, int dead) {
+    const auto start = std::chrono::steady_clock::now();
+    fleet.run([&](int rank) { (fleet.*phase)(round.tasks[rank]); }, {dead});
+    const auto slack = std::chrono::seconds(20);  // of a loaded machine under a sanitizer
+    EXPECT_LT(std::chrono::steady_clock::now() - start,
+              std::chrono::nanoseconds(fleet.rig().timeout_ns) + slack);
+}
+
+constexpr uint64_t kShortNs = 20'000'000, kLongNs = 100'000'000'000;
+
+// A rank that never starts.
+inline void expect_survivors_go_on(Rig rig, int dead, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed) + ", dead rank " + std::to_string(dead));
+    rig.timeout_ns = kShortNs;
+    Fleet fleet(rig);
+    Round round = fleet.round(seed, {}, {dead});
+    expect_ends(fleet, round, &Fleet::dispatch_send, dead);
+    expect_ends(fleet, round, &Fleet::dispatch_receive, dead);
+    expect_masked(fleet, dead);
+    fleet.set_timeout_ns(kLongNs);  // from here on nobody waits for the dead
+    expect_ends(fleet, round, &Fleet::combine_send, dead);
+    expect_ends(fleet, round, &Fleet::combine_receive, dead);
+    expect_right(fleet, round);
+    Round next = fleet.round(seed + 1, {}, {dead});
+    fleet.run([&](int rank) { fleet.both(next.tasks[rank]); }, {dead});
+    expect_right(fleet, next);
+}
+
+// A rank that takes part in dispatch, and then no more: its experts' share is left out of combine.
+inline void expect_combine_without(Rig rig, int dead, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed) + ", dead rank " + std::to_string(dead));
+    Fleet fleet(rig);
+    Round round = fleet.round(seed);
+    fleet.run([&](int rank) {
+        fleet.dispatch_send(round.tasks[rank]);
+        fleet.dispatch_receive(round.tasks[rank]);
+    });
+    fleet.set_timeout_ns(kShortNs);
+    expect_ends(fleet, round, &Fleet::combine_send, dead);
+    expect_ends(fleet, round, &Fleet::combine_receive, dead);
+    expect_masked(fleet, dead);
+    round.lost[dead] = 1;
+    for (int rank = 0; rank < rig.ranks; ++rank)
+        EXPECT_TRUE(rank == dead || fleet.combined(round, rank));
+}
+
+}  // namespace ep::test

@@ -1,0 +1,162 @@
+"""Run a function on several ranks that are processes or threads, with a hard deadline for all.
+
+The function gets a Rank, joins with ``rank.join()``, and its result comes back. A traceback of a
+rank is raised again here; ranks that are still running at the deadline are killed (threads cannot
+be: they are daemons, and their group's timeout is shorter than the deadline).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import mooncake_ep as ep
+
+DEADLINE_S = 60.0
+TIMEOUT_S = 10.0  # of the groups, less than the deadline
+_GRACE_S = 2.0  # for the other ranks to report after the first failure
+
+
+class RankError(AssertionError):
+    """A rank failed; the message holds its traceback."""
+
+
+@dataclass
+class Rank:
+    """What a rank knows before it joins."""
+
+    rank: int
+    rank_count: int
+    world: ep.World | None = None
+    unique_id: bytes | None = None
+
+    def join(self, timeout_s: float = TIMEOUT_S) -> ep.Group:
+        """Join the group of all ranks of this run."""
+        if self.world is not None:
+            return ep.Group.from_world(self.world, rank=self.rank, timeout_s=timeout_s)
+        assert self.unique_id is not None
+        return ep.Group.from_unique_id(
+            self.unique_id, rank=self.rank, rank_count=self.rank_count, timeout_s=timeout_s
+        )
+
+
+Body = Callable[..., Any]
+Runner = Callable[..., list[Any]]
+
+
+def run_threads(
+    body: Body, rank_count: int, *arguments: Any, deadline_s: float = DEADLINE_S
+) -> list[Any]:
+    """Run ``body(rank, *arguments)`` in a thread for each rank; return the results by rank."""
+    results: list[Any] = [None] * rank_count
+    errors: list[str] = []
+
+    def serve(rank: Rank) -> None:
+        try:
+            results[rank.rank] = body(rank, *arguments)
+        except BaseException:
+            errors.append(f"rank {rank.rank}:\n{traceback.format_exc()}")
+
+    with ep.World(rank_count) as world:
+        threads = [
+            threading.Thread(target=serve, args=(Rank(rank, rank_count, world=world),), daemon=True)
+            for rank in range(rank_count)
+        ]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + deadline_s
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+        if errors or late:
+            raise RankError("\n".join([*errors, f"late ranks: {late}"]))
+    return results
+
+
+def run_processes(
+    body: Body,
+    rank_count: int,
+    *arguments: Any,
+    deadline_s: float = DEADLINE_S,
+    dying: Sequence[int] = (),
+) -> list[Any]:
+    """Run ``body(rank, *arguments)`` in a new process for each rank; return the results by rank.
+
+    ``body`` has to be importable. Ranks in ``dying`` have to end without a result.
+    """
+    with _children(body, rank_count, arguments) as (processes, pipes):
+        results: list[Any] = [None] * rank_count
+        errors: list[str] = []
+        running = dict(enumerate(pipes))
+        deadline = time.monotonic() + deadline_s
+        while running and time.monotonic() < deadline:
+            for pipe in wait(list(running.values()), max(0.0, deadline - time.monotonic())):
+                rank = next(number for number, own in running.items() if own is pipe)
+                try:
+                    kind, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    kind, value = "died", "ended without a result"
+                if kind == "unique id":
+                    for other in pipes[1:]:
+                        with contextlib.suppress(BrokenPipeError):
+                            other.send(value)
+                    continue
+                del running[rank]
+                if kind == "result":
+                    results[rank] = value
+                if kind == "error" or (kind == "died") != (rank in dying):
+                    errors.append(f"rank {rank} {value}")
+                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if errors or running:
+            raise RankError("\n".join([*errors, f"late ranks: {sorted(running)}"]))
+        for process in processes:
+            process.join(_GRACE_S)
+    return results
+
+
+@contextlib.contextmanager
+def _children(
+    body: Body, rank_count: int, arguments: tuple[Any, ...]
+) -> Iterator[tuple[list[Any], list[Connection]]]:
+    context = multiprocessing.get_context("spawn")
+    processes, pipes = [], []
+    try:
+        for rank in range(rank_count):
+            ours, theirs = context.Pipe()
+            pipes.append(ours)
+            process = context.Process(
+                target=_serve, args=(theirs, body, Rank(rank, rank_count), arguments), daemon=True
+            )
+            processes.append(process)
+            process.start()
+            theirs.close()
+        yield processes, pipes
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+                process.close()
+        for pipe in pipes:
+            pipe.close()
+
+
+def _serve(pipe: Connection, body: Body, rank: Rank, arguments: tuple[Any, ...]) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        if rank.rank == 0:
+            rank.unique_id = ep.create_unique_id()
+            pipe.send(("unique id", rank.unique_id))
+        else:
+            rank.unique_id = pipe.recv()
+        pipe.send(("result", body(rank, *arguments)))
+    except BaseException:
+        pipe.send(("error", f"failed:\n{traceback.format_exc()}"))

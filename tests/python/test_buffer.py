@@ -1,0 +1,59 @@
+"""What a buffer says of itself, and what it leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import mooncake_ep as ep
+from ranks import Rank, Runner
+
+SHAPE = {"max_tokens": 4, "hidden": 128, "experts": 8, "topk": 2}
+
+
+def describe(rank: Rank) -> None:
+    with rank.join() as group, ep.Buffer(group, **SHAPE, threads=2) as buffer:
+        assert buffer.group is group
+        shape = (buffer.max_tokens, buffer.hidden, buffer.experts, buffer.topk)
+        assert shape == (4, 128, 8, 2)
+        assert buffer.local_experts == 8 // group.size
+        assert buffer.threads == 2
+        sizes = ep.Buffer.query_sizes(rank_count=group.size, **SHAPE, threads=2)
+        assert sizes == ep.BufferSizes(buffer.window_bytes, buffer.handle_bytes)
+        assert buffer.counters() == ep.BufferCounters(0, 0, 0, 0)
+
+
+def test_a_buffer_knows_its_sizes(run: Runner) -> None:
+    run(describe, 2)
+
+
+def test_more_rounds_in_flight_take_more_memory() -> None:
+    few, many = (
+        ep.Buffer.query_sizes(rank_count=2, **SHAPE, rounds_in_flight=count) for count in (1, 8)
+    )
+    assert many.window_bytes > few.window_bytes
+
+
+def native_threads() -> int:
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
+def test_closing_a_buffer_ends_its_threads() -> None:
+    with ep.Group.single() as group:
+        before = native_threads()
+        for _ in range(3):
+            with ep.Buffer(group, **SHAPE, threads=4):
+                assert native_threads() == before + 3
+        assert native_threads() == before
+
+
+def test_a_forgotten_buffer_and_group_are_released() -> None:
+    group = ep.Group.single()
+    buffer = ep.Buffer(group, **SHAPE, threads=3)
+    threads = native_threads()
+    alive = weakref.ref(buffer), weakref.ref(group)
+    del buffer, group
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+    assert native_threads() == threads - 2
