@@ -94,9 +94,10 @@ mep_status_t Argument::has_shape(std::initializer_list<int64_t> shape) const {
 }
 
 mep_status_t Argument::is_compact() const {
+    for (int i = 0; i < array_.ndim; ++i)
+        if (array_.shape[i] == 0) return MEP_OK;  // nothing is anywhere; NumPy's strides are then 0
     int64_t expected = 1;
     for (int i = array_.ndim - 1; i >= 0; --i) {
-        if (array_.shape[i] == 0) return MEP_OK;
         if (array_.shape[i] > 1 && array_.strides[i] != expected)
             return fail(MEP_INVALID_ARGUMENT,
                         "%s has strides %s; it must be row-major without gaps", name_,

@@ -105,14 +105,17 @@ template <class Floats>
 EP_DEVICE Floats scaled(float factor, const Floats &values) {
     return factor * values;
 }
-template <class Floats>
-EP_DEVICE float max_magnitude(const Floats &values) {
-    float largest = 0;
-    for (size_t i = 0; i < sizeof values / sizeof(float); ++i) {
-        const float magnitude = values[i] < 0 ? -values[i] : values[i];
+template <class Floats, int kPacks>
+EP_DEVICE float max_magnitude(const Floats (&packs)[kPacks]) {
+    Floats largest = {};
+    for (const Floats &values : packs) {
+        const Floats magnitude = values < 0 ? -values : values;
         largest = magnitude > largest ? magnitude : largest;
     }
-    return largest;
+    float result = 0;
+    for (size_t i = 0; i < sizeof largest / sizeof(float); ++i)
+        result = largest[i] > result ? largest[i] : result;
+    return result;
 }
 
 template <class Args>

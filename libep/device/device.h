@@ -17,9 +17,8 @@
 //   rows are
 //                                multiples of kPackMin
 //   widen<T>, narrow<T>          a pack from and to memory of element type T (kernels/cast.h)
-//   add, scaled, max_magnitude   arithmetic of packs; no product is fused with a sum, so that all
-//   devices
-//                                give the same bits
+//   add, scaled, max_magnitude   arithmetic of packs, the last over an array of them; no product is
+//                                fused with a sum, so that all devices give the same bits
 //   copy<G>                      bytes in 16-byte steps; both ends 16-byte aligned
 //   fan_out<G>                   one row read once, written to several places
 //   launch_one, launch_all       host side: one block; as many as the queue asks for

@@ -52,13 +52,17 @@ EP_DEVICE Pack<kCount> scaled(float factor, const Pack<kCount> &values) {
         product.lane[i] = factor * values.lane[i];
     return product;
 }
-template <int kCount>
-EP_DEVICE float max_magnitude(const Pack<kCount> &values) {
+template <int kCount, int kPacks>
+EP_DEVICE float max_magnitude(const Pack<kCount> (&packs)[kPacks]) {
     float largest = 0;
     EP_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-        const float magnitude = values.lane[i] < 0 ? -values.lane[i] : values.lane[i];
-        largest = magnitude > largest ? magnitude : largest;
+    for (int pack = 0; pack < kPacks; ++pack) {
+        EP_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            const float value = packs[pack].lane[i];
+            const float magnitude = value < 0 ? -value : value;
+            largest = magnitude > largest ? magnitude : largest;
+        }
     }
     return largest;
 }

@@ -149,21 +149,20 @@ EP_DEVICE void cast_fan_out(const RowTargets &to, const char *from, int hidden, 
         const bool inside = group < groups;  // all lanes stay for max_over
         const int channel = group * kScaleGroup + lane * kPacks * kPack;
         Pack<kPack> values[kPacks] = {};
-        float amax = 0;
         EP_UNROLL
-        for (int i = 0; i < kPacks; ++i) {
-            if (inside) values[i] = load_channels<kType, kPack>(from, channel + i * kPack);
-            const float magnitude = max_magnitude(values[i]);
-            amax = magnitude > amax ? magnitude : amax;
-        }
-        amax = Warp::max_over<kLanes>(amax);
+        for (int i = 0; inside && i < kPacks; ++i)
+            values[i] = load_channels<kType, kPack>(from, channel + i * kPack);
+        const float amax = Warp::max_over<kLanes>(max_magnitude(values));
         if (!inside) continue;
         const Fp8Scale scale = Fp8Scale::of(amax, power_of_two);
+        struct alignas(8) {
+            char bytes[kPacks * kPack];
+        } cast;
         EP_UNROLL
         for (int i = 0; i < kPacks; ++i)
-            for (int target = 0; target < to.count; ++target)
-                narrow<Fp8, kPack>(to.row[target] + channel + i * kPack,
-                                   scaled(scale.inverse, values[i]));
+            narrow<Fp8, kPack>(cast.bytes + i * kPack, scaled(scale.inverse, values[i]));
+        for (int target = 0; target < to.count; ++target)
+            *reinterpret_cast<decltype(cast) *>(to.row[target] + channel) = cast;
         for (int target = 0; lane == 0 && target < to.count; ++target)
             to.scales[target][group * to.scale_stride] = scale.scale;
     }

@@ -138,8 +138,8 @@ def _dtype_name(dtype: int) -> str:
     name = TYPE_NAMES.get((dtype & 0xFF, dtype >> 8 & 0xFF))
     if name is None:
         raise ValueError(
-            f"x has DLPack type code {dtype & 0xFF} of {dtype >> 8 & 0xFF} bits; it must be bfloat16, "
-            "float16, float32 or float8_e4m3fn"
+            f"x has DLPack type code {dtype & 0xFF} of {dtype >> 8 & 0xFF} bits; it must be "
+            "bfloat16, float16, float32 or float8_e4m3fn"
         )
     return name
 

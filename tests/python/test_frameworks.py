@@ -282,6 +282,38 @@ def test_any_object_with_dlpack_may_be_an_input_and_an_output() -> None:
         assert (sums.array == 1).all()
 
 
+class Modern(Foreign):
+    """The same, of DLPack 1."""
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+
+def test_read_only_memory_is_refused_as_an_output_only() -> None:
+    with ep.Group.single() as group, ep.Buffer(group, **SHAPE, payloads=["fp32"]) as buffer:
+        rows = np.ones((2, HIDDEN), np.float32)
+        rows.flags.writeable = False
+        idx = Modern(np.zeros((2, 1), np.int32))
+        shape = (4, 8, HIDDEN)
+        out = ep.Dispatched(Modern(np.empty(shape, "f4")), None, Modern(np.empty(4, "i4")))
+        received = buffer.dispatch(Modern(rows), idx, out=out)
+        with pytest.raises(ValueError, match="out: the array is read-only"):
+            buffer.combine(received.x, received, out=Modern(rows))
+        sums = Modern(np.empty((2, HIDDEN), np.float32))
+        buffer.combine(received.x, received, out=sums)
+        assert (sums.array == 1).all()
+
+
+def test_what_a_framework_cannot_lend_is_named() -> None:
+    torch = pytest.importorskip("torch")
+    with ep.Group.single() as group, ep.Buffer(group, **SHAPE) as buffer:
+        x = Modern(torch.ones(2, HIDDEN, dtype=torch.bfloat16, requires_grad=True))
+        with pytest.raises(ValueError, match="x: .*gradient"):
+            buffer.dispatch(x, np.zeros((2, 1), np.int32))
+        with pytest.raises(ValueError, match="topk_idx: "):
+            buffer.dispatch(np.ones((2, HIDDEN), "f2"), torch.zeros(2, 1).to_sparse())
+
+
 def test_an_array_api_framework_gets_its_own_arrays() -> None:
     with ep.Group.single() as group, ep.Buffer(group, **SHAPE, payloads=["fp32"]) as buffer:
         x = Standard(np.ones((2, HIDDEN), np.float32))

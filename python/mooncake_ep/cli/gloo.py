@@ -1,9 +1,10 @@
 """The other yardstick of bench: the same operations by torch.distributed with gloo.
 
-Dispatch packs the rows by destination rank, exchanges them by all_to_all_single with split sizes
-known beforehand, and unpacks them by expert. Combine sums each message's packed rows with their
-weights, returns the sums the same way, and adds them up. Rows are those of this library: one for
-each token and rank it goes to, its own included.
+Written as MoE layers for torch write them: dispatch packs the rows by destination rank, exchanges
+them by all_to_all_single with split sizes known beforehand, and unpacks them by expert; combine
+sums each message's packed rows with their weights, returns the sums the same way, and adds them up.
+As there, a rank's own rows take the same path, and each call makes its tensors anew. As here, there
+is one row for each token and rank it goes to.
 """
 
 from __future__ import annotations

@@ -366,13 +366,14 @@ TEST_F(Api, ConfigsThatDifferFailAll) {
         MEP_MISMATCH, "config.token_count_max");
 }
 
-TEST_F(Api, MemoryThatOneRankCannotHaveFailsAll) {
-    // Any amount is equal on all ranks, so all fail alone; what counts is that nothing is left.
+TEST_F(Api, MemoryThatNobodyHasFailsAll) {
     expect_create_fails_everywhere(
-        [](int, mep_buffer_config_t *config) {
-            config->token_count_max = 30'000;
-            config->hidden = 65'536;
+        [](int, mep_buffer_config_t *config) {  // a window of more than a terabyte
+            config->token_count_max = MEP_TOKEN_COUNT_MAX;
+            config->hidden = MEP_HIDDEN_MAX;
             config->expert_count = 3;
+            config->payload_types = MEP_PAYLOAD_FP32;
+            config->rounds_in_flight_max = MEP_ROUNDS_IN_FLIGHT_MAX;
         },
         MEP_OUT_OF_MEMORY, "window");
 }

@@ -3,6 +3,15 @@
 #include "backend/cpu_levels.h"
 #include "kernels/promises.h"
 
+namespace ep {
+
+// For the names of tests.
+void PrintTo(const CpuLevel &level, std::ostream *out) {
+    *out << level.name;
+}
+
+}  // namespace ep
+
 namespace ep::test {
 namespace {
 
@@ -128,11 +137,12 @@ TEST_P(CpuKernels, GiveTheSameBitsAtOtherSpeeds) {
 TEST_P(CpuKernels, LoseNothingWhenARankIsHeld) {
     for (int flight = 1; flight <= 3; ++flight)
         for (const Weights weights : kAllWeights)
-            for (int held = 0; held < 3; ++held) {
+            for (const Travel travel : {Travel::kAll, Travel::kHeldOnly}) {
                 Rig rig = shaped(3, 6, 3, 3, 8);
                 rig.rounds_in_flight = flight;
                 rig.weights = weights;
-                expect_held_rank_loses_nothing(rig, held, 800 + 17 * flight);
+                for (int held = 0; held < 3; ++held)
+                    expect_held_rank_loses_nothing(rig, held, travel, 800 + 17 * flight);
             }
 }
 

@@ -82,7 +82,7 @@ TEST(EmuKernels, LoseNothingWhenARankIsHeld) {
         rig.tokens_max = 2;
         rig.hidden = 8;
         rig.rounds_in_flight = flight;
-        expect_held_rank_loses_nothing(rig, flight % 2, 800);
+        expect_held_rank_loses_nothing(rig, flight % 2, Travel::kAll, 800);
     }
 }
 

@@ -168,18 +168,24 @@ class HeldRank {
     std::vector<std::atomic<int>> sent_;
 };
 
-inline void expect_held_rank_loses_nothing(const Rig &rig, int held, uint64_t seed) {
+// Whose tokens travel: if only the held rank has any, the others need no row of it, and nothing but
+// the rules keeps them from running away.
+enum class Travel { kAll, kHeldOnly };
+
+inline void expect_held_rank_loses_nothing(const Rig &rig, int held, Travel travel, uint64_t seed) {
     SCOPED_TRACE(describe(rig, seed) + ", held rank " + std::to_string(held));
-    const int flight = rig.rounds_in_flight, full = rig.tokens_max;
+    const int flight = rig.rounds_in_flight;
+    std::vector<int> counts(rig.ranks, travel == Travel::kAll ? rig.tokens_max : 0);
+    counts[held] = rig.tokens_max;
     Fleet fleet(rig);
     std::vector<Round> rounds;
     for (int i = 0; i < 4 * flight + 2; ++i)
-        rounds.push_back(fleet.round(seed + i, std::vector<int>(rig.ranks, full)));
+        rounds.push_back(fleet.round(seed + i, counts));
     HeldRank schedule(&fleet, &rounds, held);
     schedule.run(&Fleet::dispatch_send, &Fleet::dispatch_receive, flight);
     // A combine that brings weights waits for those of the others when it is sent.
-    schedule.run(&Fleet::combine_send, &Fleet::combine_receive,
-                 rig.weights == Weights::kAtCombine ? 0 : flight);
+    const bool waits = rig.weights == Weights::kAtCombine;
+    schedule.run(&Fleet::combine_send, &Fleet::combine_receive, waits ? 0 : flight);
     for (const Round &round : rounds)
         expect_right(fleet, round);
 }

@@ -13,6 +13,7 @@
 #include <sched.h>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace ep::test {
@@ -31,6 +32,8 @@ inline std::set<std::string> entries_of(const char *folder, const char *prefix) 
 class Tidy : public ::testing::Test {
   protected:
     void SetUp() override {
+        // A sanitizer starts a thread of its own with the first that the program starts.
+        std::thread([] {}).join();
         mep_log_set_callback(&Tidy::keep_line, this, MEP_LOG_WARNING);
         descriptors_ = entries_of("/proc/self/fd", "").size();
         threads_ = entries_of("/proc/self/task", "").size();
