@@ -25,6 +25,10 @@ mep_status_t dispatch(const Call &call, DispatchArgs args) {
     args.round = buffer.round(handle.memory(), call.active, call.timeout_us);
     args.round.token_count = token_count;
     args.round.topk = topk;
+    // Rows of a round that fits a cache are read from it next: by the receiver, by the experts.
+    constexpr size_t kCachedBytesMax = size_t{4} << 20;
+    args.round.caching =
+        token_count * args.x_stride <= kCachedBytesMax ? Caching::kKeep : Caching::kBypass;
     args.tally = buffer.tally();
     const Kernels &kernels = buffer.device()->kernels();
     const Queue queue = buffer.queue(call.stream);

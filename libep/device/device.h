@@ -12,15 +12,14 @@
 //                                also on another device
 //   observe<G>(word)             the word's value, and after it all that was published with it
 //   now_ns, pause(attempt)       for waits that end; a pause grows with the attempts before it
-//   Vector                       16 bytes, the unit of bulk accesses
 //   Pack<n>, kPack               n floats that one lane handles at once, and how many are best;
-//   rows are
-//                                multiples of kPackMin
+//                                rows are multiples of kPackMin
 //   widen<T>, narrow<T>          a pack from and to memory of element type T (kernels/cast.h)
 //   add, scaled, max_magnitude   arithmetic of packs, the last over an array of them; no product is
 //                                fused with a sum, so that all devices give the same bits
-//   copy<G>                      bytes in 16-byte steps; both ends 16-byte aligned
-//   fan_out<G>                   one row read once, written to several places
+//   fan_out<G>                   one row read once, written to several places; whether past the
+//   caches
+//                                is a hint
 //   launch_one, launch_all       host side: one block; as many as the queue asks for
 //   launch_error                 host side: 0, or the error of the launches before
 //
@@ -37,39 +36,3 @@
 #else
 #include "device/cpu.h"
 #endif
-
-namespace ep::EP_DEVICE_NAMESPACE {
-
-struct alignas(16) Vector {
-    uint64_t words[2];
-};
-
-template <class Group>
-EP_DEVICE void copy(char *to, const char *from, size_t bytes) {
-    if constexpr (kWarpSize == 1) {
-        __builtin_memcpy(to, from, bytes);
-    } else {
-        for (size_t i = Group::rank(); i < bytes / sizeof(Vector); i += Group::size())
-            reinterpret_cast<Vector *>(to)[i] = reinterpret_cast<const Vector *>(from)[i];
-    }
-}
-
-constexpr int kFanOut = 4;  // targets of one pass: their addresses stay in registers
-
-// Copies `bytes` from one row to the first `count` of `to`.
-template <class Group>
-EP_DEVICE void fan_out(char *const (&to)[kFanOut], int count, const char *from, size_t bytes) {
-    if constexpr (kWarpSize == 1) {
-        for (int i = 0; i < count; ++i)
-            __builtin_memcpy(to[i], from, bytes);
-    } else {
-        for (size_t v = Group::rank(); v < bytes / sizeof(Vector); v += Group::size()) {
-            const Vector vector = reinterpret_cast<const Vector *>(from)[v];
-            EP_UNROLL
-            for (int i = 0; i < kFanOut; ++i)
-                if (i < count) reinterpret_cast<Vector *>(to[i])[v] = vector;
-        }
-    }
-}
-
-}  // namespace ep::EP_DEVICE_NAMESPACE

@@ -1,4 +1,4 @@
-// Words for the floats of one lane on devices whose lanes are scalar; emu.h and cuda.h share them.
+// Words for rows on devices with warps of scalar lanes; emu.h and cuda.h share them.
 // Included inside the device's namespace.
 
 constexpr int kPack = 8;  // 16 bytes of a 2-byte type
@@ -65,4 +65,19 @@ EP_DEVICE float max_magnitude(const Pack<kCount> (&packs)[kPacks]) {
         }
     }
     return largest;
+}
+
+struct alignas(16) Vector {
+    uint64_t words[2];
+};
+
+template <class Group>
+EP_DEVICE void fan_out(char *const (&to)[kFanOut], int count, const char *from, size_t bytes,
+                       Caching) {
+    for (size_t v = Group::rank(); v < bytes / sizeof(Vector); v += Group::size()) {
+        const Vector vector = reinterpret_cast<const Vector *>(from)[v];
+        EP_UNROLL
+        for (int i = 0; i < kFanOut; ++i)
+            if (i < count) reinterpret_cast<Vector *>(to[i])[v] = vector;
+    }
 }

@@ -1,7 +1,14 @@
-// Where a launch goes: plain types that the host hands to the kernels' launchers.
+// Where a launch goes, and how: plain types that the host hands to the kernels' launchers.
 #pragma once
 
 namespace ep {
+
+// Whether rows that are written will be read while they are still in a cache. A hint: results are
+// the same.
+enum class Caching { kKeep, kBypass };
+
+constexpr int kFanOut =
+    4;  // places that a row is copied to at once: their addresses stay in registers
 
 // Host threads that run the blocks of a CPU launch.
 class Workers {

@@ -109,7 +109,8 @@ EP_DEVICE void put_row(const DispatchArgs &a, int token, const RowTargets &to) {
     if constexpr (kCast) {
         cast_fan_out<kType>(to, row, hidden, a.quant == Quant::kFp8Pow2);
     } else {
-        fan_out<Warp>(to.row, to.count, row, size_t(hidden) * element_bytes(kType));
+        fan_out<Warp>(to.row, to.count, row, size_t(hidden) * element_bytes(kType),
+                      a.round.caching);
         if constexpr (kType == Element::kFp8) {
             const float *scales = a.x_scales.data + token * a.x_scales.row_stride;
             for (int g = Warp::rank(); g < hidden / kScaleGroup; g += Warp::size())
@@ -313,7 +314,7 @@ EP_DEVICE int keep_own(const DispatchArgs &a, int token) {
 template <Element kOut>
 EP_DEVICE void unpack_row(const DispatchArgs &a, const char *payload, const RowTargets &to) {
     const size_t row_bytes = size_t(a.round.hidden) * element_bytes(kOut);
-    fan_out<Warp>(to.row, to.count, payload, row_bytes);
+    fan_out<Warp>(to.row, to.count, payload, row_bytes, a.round.caching);
     if constexpr (kOut == Element::kFp8) {
         const auto *scales = reinterpret_cast<const float *>(payload + row_bytes);
         for (int g = Warp::rank(); g < a.round.hidden / kScaleGroup; g += Warp::size())

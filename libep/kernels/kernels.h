@@ -48,6 +48,7 @@ struct Round {
     int token_count;      // of this rank
     int topk;  // K of the dispatch, the stride of the caller's topk arrays and of choices
     int hidden;
+    Caching caching;  // of rows
 
     static constexpr uint64_t kNever = ~uint64_t{0};
 };
