@@ -150,8 +150,9 @@ def borrow(name: str, array: object, slot: Slot, writable: bool = False) -> obje
             return fill(array, slot.address)
         borrower = _borrowers.get(type(array)) or _find_borrower(name, type(array))
         return borrower(array, slot, writable)
-    except (BufferError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
+    except (BufferError, RuntimeError, ValueError) as error:  # torch adds a C++ trace
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name}: {reason}") from error
 
 
 def _find_borrower(name: str, array_type: type) -> _Borrower:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -57,3 +59,24 @@ def test_a_forgotten_buffer_and_group_are_released() -> None:
     gc.collect()
     assert [reference() for reference in alive] == [None, None]
     assert native_threads() == threads - 2
+
+
+FORGETFUL = """
+import mooncake_ep as ep, numpy as np
+group = ep.Group.single()
+buffer = ep.Buffer(group, max_tokens=4, hidden=128, experts=8, topk=2, payloads=["fp32"], threads=2)
+x, idx = np.ones((1, 128), np.float32), np.zeros((1, 1), np.int32)
+received = buffer.dispatch(x, idx)
+pending = buffer.dispatch(x, idx, send_only=True)
+"""
+
+
+def test_a_program_that_closes_nothing_ends_in_silence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FORGETFUL],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -308,9 +308,9 @@ def test_what_a_framework_cannot_lend_is_named() -> None:
     torch = pytest.importorskip("torch")
     with ep.Group.single() as group, ep.Buffer(group, **SHAPE) as buffer:
         x = Modern(torch.ones(2, HIDDEN, dtype=torch.bfloat16, requires_grad=True))
-        with pytest.raises(ValueError, match="x: .*gradient"):
+        with pytest.raises(ValueError, match=r"x: .*gradient"):
             buffer.dispatch(x, np.zeros((2, 1), np.int32))
-        with pytest.raises(ValueError, match="topk_idx: "):
+        with pytest.raises(ValueError, match=r"topk_idx: .*storage$"):
             buffer.dispatch(np.ones((2, HIDDEN), "f2"), torch.zeros(2, 1).to_sparse())
 
 

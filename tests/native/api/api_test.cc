@@ -259,6 +259,21 @@ TEST_F(Api, DoesNotWaitForRanksThatTheCallerMasks) {
         });
 }
 
+TEST_F(Api, ARankCannotMaskItself) {
+    const mep_buffer_config_t config = buffer_config(1);
+    run_buffers(1, config, [&](const Group &, const Buffer &buffer, int rank) {
+        const Plan plan = Plan::of(config, 1, 115);
+        const Handle handle = make_handle(buffer);
+        Share share(plan, rank);
+        Tensor active(kInt32, {1});
+        active.fill<int32_t>({0});
+        mep_dispatch_args_t args = share.dispatch_args();
+        args.active_ranks = active.view();
+        EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+        expect_good_combine(share, buffer, handle, active.view());
+    });
+}
+
 TEST_F(Api, MasksALateRankInTheCallersArray) {
     run_without_rank_2(
         [](Share &share, const Buffer &buffer, const Handle &handle, MeetingPoint &point) {

@@ -286,6 +286,21 @@ TEST_F(Log, CallbackGetsLinesUpToItsLevel) {
     EXPECT_TRUE(lines.all.empty());
 }
 
+// Takes itself off at the first line.
+void keep_first(void *context, int32_t level, const char *message) {
+    keep(context, level, message);
+    EXPECT_EQ(mep_log_set_callback(keep, context, MEP_LOG_ERROR), MEP_OK);
+}
+
+TEST_F(Log, CallbackMayCallTheLibrary) {
+    Lines lines;
+    EXPECT_EQ(mep_log_set_callback(keep_first, &lines, MEP_LOG_INFO), MEP_OK);
+    {
+        const Alone alone(buffer_config(1));
+    }
+    EXPECT_EQ(lines.all.size(), 1U);
+}
+
 TEST_F(Log, UnknownLevelIsRefusedAndChangesNothing) {
     Lines lines;
     EXPECT_EQ(mep_log_set_callback(keep, &lines, MEP_LOG_INFO), MEP_OK);

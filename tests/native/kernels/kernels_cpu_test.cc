@@ -95,11 +95,26 @@ TEST_P(CpuKernels, CarryEveryShape) {
 }
 
 TEST_P(CpuKernels, CarryRowsOfARealModel) {
-    for (const Quant quant : {kNone, Quant::kFp8}) {
-        Rig rig = shaped(2, 4, 2, 4, 7168);
-        rig.quant = quant;
-        expect_rounds_are_right(rig, 300, 1);
+    for (const Quant quant : {kNone, Quant::kFp8})
+        for (const Caching caching : {Caching::kKeep, Caching::kBypass}) {
+            Rig rig = shaped(2, 4, 2, 4, 7168);
+            rig.quant = quant;
+            rig.caching = caching;
+            expect_rounds_are_right(rig, 300, 1);
+        }
+}
+
+TEST_P(CpuKernels, GoPastTheCachesWithEveryShape) {
+    uint64_t seed = 350;
+    for (const Journey &journey : kJourneys) {
+        Rig rig = rig_of(journey);
+        rig.ranks = 4;
+        rig.caching = Caching::kBypass;
+        expect_rounds_are_right(rig, seed += 11, 10);
     }
+    Rig rig = shaped(2, 4, 5, 4, 24);
+    rig.caching = Caching::kBypass;
+    expect_rounds_are_right(rig, seed, 10);
 }
 
 TEST_P(CpuKernels, GiveTheSameWithSeveralThreads) {

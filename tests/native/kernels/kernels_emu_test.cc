@@ -16,7 +16,7 @@ constexpr const char *kWhyNotWide = "does not depend on the width of a warp; see
 Rig small(Element type, Quant quant, Weights weights) {
     Rig rig;
     rig.experts = 4;
-    rig.tokens_max = 3;
+    rig.tokens_max = kWide ? 2 : 3;
     rig.topk = 3;
     rig.type = type;
     rig.quant = quant;
@@ -84,6 +84,11 @@ TEST(EmuKernels, LoseNothingWhenARankIsHeld) {
         rig.rounds_in_flight = flight;
         expect_held_rank_loses_nothing(rig, flight % 2, Travel::kAll, 800);
     }
+}
+
+TEST(EmuKernels, GiveTheSameBitsAtOtherSpeeds) {
+    if (kWide) GTEST_SKIP() << kWhyNotWide;
+    expect_same_bits(small_bf16(Weights::kAtDispatch), 750);
 }
 
 TEST(EmuKernels, GoOnWithoutARankThatNeverStarts) {

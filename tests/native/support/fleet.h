@@ -37,9 +37,10 @@ struct Rig {
     bool fp32_partials = false;
     int idx_bytes = 8;
     int rounds_in_flight = 2;
-    int threads = 1;                        // of a CPU rank
-    uint64_t timeout_ns = 100'000'000'000;  // so that only a deadlock reaches it
-    int spare_topk = 1;                     // topk_max - topk
+    int threads = 1;  // of a CPU rank
+    Caching caching = Caching::kKeep;
+    uint64_t timeout_ns = 30'000'000'000;  // so that only a deadlock reaches it
+    int spare_topk = 1;                    // topk_max - topk
 
     int local_experts() const { return experts / ranks; }
     int rows() const { return ranks * tokens_max; }  // of an expert's region
@@ -322,6 +323,7 @@ inline ep::Round Fleet::kernel_round(Task &task) {
     round.token_count = task.tokens.count;
     round.topk = rig_.topk;
     round.hidden = rig_.hidden;
+    round.caching = rig_.caching;
     return round;
 }
 
