@@ -295,7 +295,8 @@ MEP_API mep_status_t mep_group_query_transport(const mep_group_t *group, int32_t
 
 /**
  * Gather `bytes` host bytes (at most MEP_ALL_GATHER_BYTES_MAX) from each rank into `receive`
- * [R][bytes], over what the group was created from; also a barrier. Collective, blocking.
+ * [R][bytes], over what the group was created from; also a barrier. Collective, blocking. After a
+ * failure every further collective call of the group fails; buffers that exist go on.
  * Errors: MEP_INVALID_ARGUMENT, MEP_TIMEOUT, MEP_MISMATCH (bytes differ), MEP_BOOTSTRAP_FAILED.
  */
 MEP_API mep_status_t mep_group_all_gather(mep_group_t *group, const void *send, void *receive,
