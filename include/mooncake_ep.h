@@ -496,7 +496,7 @@ typedef struct mep_dispatch_args {
  * rounds in flight; RECEIVE without SEND; the handle's last round still in flight; group left),
  * MEP_DEVICE_ERROR. On the CPU and with active_ranks NULL also MEP_PEER_FAILED: ranks missed the
  * deadline or broke a limit, the outputs hold what the others sent, and those ranks are masked from
- * now on.
+ * now on. (Of a rank that is lost between its counts and its rows, out_count still has the rows.)
  */
 MEP_API mep_status_t mep_dispatch(mep_buffer_t *buffer, mep_handle_t *handle,
                                   const mep_dispatch_args_t *args);

@@ -50,7 +50,19 @@ def test_the_c_program_prints_the_counts_and_the_sums(tmp_path: Path) -> None:
     source = tmp_path / "program.c"
     source.write_text(program("c"))
     executable = tmp_path / "program"
-    run([compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'include'}",
-         str(source), "-o", str(executable), str(library)])
+    run(
+        [
+            compiler,
+            "-std=c11",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            f"-I{ROOT / 'include'}",
+            str(source),
+            "-o",
+            str(executable),
+            str(library),
+        ]
+    )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(library.parent)}
     assert run([str(executable)], env=environment) == "counts 1 2, out 0 1 2 0\n"

@@ -300,6 +300,7 @@ inline ::testing::AssertionResult Share::combined() {
 
 // One whole round of one rank, on a handle of its own.
 inline void expect_round(const Buffer &buffer, const Plan &plan, int rank) {
+    SCOPED_TRACE("seed " + std::to_string(plan.seed));
     Share share(plan, rank);
     const Handle handle = make_handle(buffer);
     EXPECT_EQ(share.dispatch(buffer, handle), MEP_OK) << mep_last_error();
