@@ -23,24 +23,28 @@ if(use_cuda)
     set(CMAKE_CUDA_ARCHITECTURES 80 90 100)
   endif()
   enable_language(CUDA)
-  message(STATUS "CUDA: kernels are compiled for ${CMAKE_CUDA_ARCHITECTURES}, "
-                 "but not part of the library in this version")
+  find_package(CUDAToolkit REQUIRED)
+  message(STATUS "CUDA: on, for ${CMAKE_CUDA_ARCHITECTURES}")
 
-  add_library(mooncake_ep_cuda_kernels OBJECT ${PROJECT_SOURCE_DIR}/libep/backend/cuda.cu)
-  target_include_directories(mooncake_ep_cuda_kernels PRIVATE ${PROJECT_SOURCE_DIR}/include
-                                                              ${PROJECT_SOURCE_DIR}/libep)
+  add_library(mooncake_ep_cuda OBJECT ${PROJECT_SOURCE_DIR}/libep/backend/cuda.cu)
+  target_include_directories(mooncake_ep_cuda PRIVATE ${PROJECT_SOURCE_DIR}/include
+                                                      ${PROJECT_SOURCE_DIR}/libep)
   # No product may be fused with a sum: GPUs and CPUs give the same bits.
-  target_compile_options(mooncake_ep_cuda_kernels PRIVATE --fmad=false)
-  set_target_properties(mooncake_ep_cuda_kernels PROPERTIES
+  target_compile_options(mooncake_ep_cuda PRIVATE --fmad=false)
+  set_target_properties(mooncake_ep_cuda PROPERTIES
     CUDA_STANDARD 17
     CUDA_STANDARD_REQUIRED ON
     CUDA_EXTENSIONS OFF
+    CUDA_RUNTIME_LIBRARY Static
     CUDA_VISIBILITY_PRESET hidden
     VISIBILITY_INLINES_HIDDEN ON
     POSITION_INDEPENDENT_CODE ON
   )
+  target_sources(mooncake_ep_objects INTERFACE $<TARGET_OBJECTS:mooncake_ep_cuda>)
+  target_link_libraries(mooncake_ep_objects INTERFACE CUDA::cudart_static)
 else()
   message(STATUS "CUDA: off (MEP_CUDA=${MEP_CUDA})")
+  target_sources(mooncake_ep_objects PRIVATE libep/backend/no_cuda.cc)
 endif()
 
 # ---- MACA ---------------------------------------------------------------------------------------

@@ -259,13 +259,14 @@ typedef struct mep_group_info {
 enum {
     MEP_TRANSPORT_SELF = 1,   /**< the rank itself: nothing leaves it */
     MEP_TRANSPORT_THREAD = 2, /**< a thread of this process: the same memory */
-    MEP_TRANSPORT_SHM = 3     /**< a process of this host: POSIX shared memory */
+    MEP_TRANSPORT_SHM = 3,    /**< a process of this host: POSIX shared memory */
+    MEP_TRANSPORT_IPC = 4     /**< a process of this host: GPU memory by its IPC handle */
 };
 
 typedef struct mep_transport_info {
     uint32_t struct_size;
     int32_t kind;       /**< MEP_TRANSPORT_* */
-    const char *name;   /**< "self", "thread", "shm" */
+    const char *name;   /**< "self", "thread", "shm", "ipc" */
     const char *reason; /**< why this one, and why not something faster */
 } mep_transport_info_t;
 

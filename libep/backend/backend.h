@@ -17,7 +17,9 @@ struct WindowHandle {
     uint64_t bytes;
     uint64_t process[2];  // identity of the owner's process, see process_identity()
     uint64_t number;      // among the owner's process's windows, for a rank of the same process
-    char name[64];        // of the shared memory object, for another process
+    int32_t device;       // of the owner's process
+    int32_t reserved;
+    char name[64];  // for another process: of the shared memory object, or a GPU's handle
 };
 
 // A peer's window, or one's own, as mapped here. Stays valid when its owner goes.
@@ -40,6 +42,10 @@ class Window {
 
 // Who a window is for.
 enum class Sharing { kNobody, kPeers };
+
+struct DeviceUuid {
+    char bytes[16];
+};
 
 // One device, as one rank uses it.
 class Device {
@@ -64,8 +70,31 @@ class Device {
     // True if a launch has done its work when it returns.
     virtual bool is_synchronous() const = 0;
 
+    // The same in every process; zero for the CPU.
+    virtual DeviceUuid uuid() const = 0;
+
+    // How many blocks fill the device.
+    virtual int block_count() const = 0;
+
+    // Makes the device the calling thread's, and gives back what was before; see Entered.
+    virtual int enter() = 0;
+    virtual void leave(int previous) = 0;
+
     // Words a launcher's error.
     virtual mep_status_t launch_status(int error) const = 0;
+};
+
+// The calling thread uses a device for a scope, and after it what it used before.
+class Entered {
+  public:
+    explicit Entered(Device *device) : device_(device), previous_(device->enter()) {}
+    Entered(const Entered &) = delete;
+    Entered &operator=(const Entered &) = delete;
+    ~Entered() { device_->leave(previous_); }
+
+  private:
+    Device *device_;
+    int previous_;
 };
 
 struct Backend {

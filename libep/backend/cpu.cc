@@ -1,6 +1,7 @@
 // The CPU backend: windows in POSIX shared memory, launches on the caller's thread and its workers.
 #include "backend/backend.h"
 #include "backend/cpu_levels.h"
+#include "backend/window_table.h"
 #include "base/status.h"
 
 #include <cerrno>
@@ -8,8 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
-#include <map>
-#include <mutex>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
@@ -51,35 +50,6 @@ mep_status_t map(size_t bytes, int flags, int descriptor, std::shared_ptr<Mappin
     *mapping = std::make_shared<HostMapping>(data, bytes);
     return MEP_OK;
 }
-
-// The windows of this process by number, so that ranks that are threads share one mapping. Weak: a
-// number of a window that is gone finds nothing, where an address would find anything.
-class WindowTable {
-  public:
-    static WindowTable &instance() {
-        static WindowTable table;
-        return table;
-    }
-    uint64_t add(const std::shared_ptr<Mapping> &mapping) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        mappings_[++last_] = mapping;
-        return last_;
-    }
-    void remove(uint64_t number) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        mappings_.erase(number);
-    }
-    std::shared_ptr<Mapping> find(uint64_t number) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        const auto found = mappings_.find(number);
-        return found == mappings_.end() ? nullptr : found->second.lock();
-    }
-
-  private:
-    std::mutex mutex_;
-    uint64_t last_ = 0;
-    std::map<uint64_t, std::weak_ptr<Mapping>> mappings_;
-};
 
 class HostWindow : public Window {
   public:
@@ -198,6 +168,10 @@ class Cpu : public Device {
         return device.device_type == MEP_DEVICE_CPU;
     }
     bool is_synchronous() const override { return true; }
+    DeviceUuid uuid() const override { return {}; }
+    int block_count() const override { return 1; }
+    int enter() override { return 0; }
+    void leave(int) override {}
     mep_status_t launch_status(int) const override { return MEP_OK; }
 
   private:

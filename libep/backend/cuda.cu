@@ -1,11 +1,28 @@
-// The kernels, compiled for NVIDIA GPUs.
+// The CUDA backend. The runtime is linked statically and loads the driver when it is first asked,
+// so the library works, without this backend, where there is none.
 #define EP_DEVICE_CUDA
 #include "kernels/table.h"
 
-namespace ep {
+#include <cuda_runtime.h>
 
-Kernels cuda_kernels() {
+#define EP_GPU(name) cuda##name
+#define EP_GPU_NAME "cuda"
+
+namespace ep {
+namespace {
+
+Kernels gpu_kernels() {
     return cuda::kernels(cuda::kThreads / cuda::kWarpSize);
 }
+
+}  // namespace
+}  // namespace ep
+
+#include "backend/gpu.inl"
+
+namespace ep {
+
+const Backend kCudaBackend{MEP_BACKEND_CUDA, EP_GPU_NAME, device_count, unavailable_reason,
+                           create_device};
 
 }  // namespace ep

@@ -239,6 +239,7 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
 Queue Buffer::queue(void *stream) const {
     Queue queue;
     queue.stream = stream;
+    queue.block_count = std::max(1, device()->block_count() / group_->device_sharers());
     queue.workers = workers_.get();
     return queue;
 }

@@ -30,6 +30,7 @@ mep_status_t combine(const Call &call, CombineArgs args) {
     args.fp32_partials = buffer.shape().config.fp32_partials != 0;
     const Kernels &kernels = buffer.device()->kernels();
     const Queue queue = buffer.queue(call.stream);
+    const Entered entered(buffer.device());
     if (call.sends()) {
         handle.combine_in_flight = true;
         handle.combine_round = buffer.combines.send();

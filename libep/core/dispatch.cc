@@ -32,6 +32,7 @@ mep_status_t dispatch(const Call &call, DispatchArgs args) {
     args.tally = buffer.tally();
     const Kernels &kernels = buffer.device()->kernels();
     const Queue queue = buffer.queue(call.stream);
+    const Entered entered(buffer.device());
     if (call.sends()) {
         handle.token_count = token_count;
         handle.topk = topk;

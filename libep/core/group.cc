@@ -67,7 +67,7 @@ mep_status_t Group::meet(const mep_group_config_t &config, const Deadline &deadl
 
 mep_status_t Group::gather_facts(const Deadline &deadline) {
     Greeting mine{mep_version(), rank_count(), backend_->id, 0, {}};
-    EP_TRY(local_facts(&mine.facts));
+    EP_TRY(local_facts(*device_, backend_->id, &mine.facts));
     std::vector<Greeting> all(rank_count());
     EP_TRY(bootstrap_->all_gather(&mine, all.data(), sizeof mine, deadline));
     std::vector<RankFacts> facts;

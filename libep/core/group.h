@@ -29,6 +29,10 @@ class Group {
     // How many ranks share this rank's host.
     int local_rank_count() const { return local_rank_count_; }
 
+    // How many ranks of this process use this rank's device: their launches have to fit side by
+    // side.
+    int device_sharers() const { return device_sharers_; }
+
     mep_status_t all_gather(const void *send, void *receive, size_t bytes);
 
     // The same answer on every rank: `mine` if it failed, else the first failure of another rank,
@@ -49,6 +53,7 @@ class Group {
     int64_t timeout_us_ = 0;
     int device_id_ = 0;
     int local_rank_count_ = 1;
+    int device_sharers_ = 1;
     bool left_ = false;
     const Backend *backend_ = nullptr;
     std::shared_ptr<Device> device_;

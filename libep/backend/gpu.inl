@@ -1,0 +1,260 @@
+// The host runtime of a GPU, once for CUDA and MACA. The including file defines
+//   EP_GPU(name)            cuda##name or mc##name
+//   EP_GPU_NAME             "cuda" or "maca"
+//   gpu_kernels()           the kernels
+#include "backend/backend.h"
+#include "backend/window_table.h"
+#include "base/status.h"
+
+#include <cstring>
+
+namespace ep {
+namespace {
+
+using GpuError = EP_GPU(Error_t);
+constexpr GpuError kGpuSuccess = EP_GPU(Success);
+
+mep_status_t gpu_status(GpuError error, const char *what) {
+    if (error == kGpuSuccess) return MEP_OK;
+    const mep_status_t status =
+        error == EP_GPU(ErrorMemoryAllocation) ? MEP_OUT_OF_MEMORY : MEP_DEVICE_ERROR;
+    return fail(status, "%s: %s (%s)", what, EP_GPU(GetErrorName)(error),
+                EP_GPU(GetErrorString)(error));
+}
+
+#define EP_TRY_GPU(call) EP_TRY(gpu_status(EP_GPU(call), #call))
+
+// Makes a device current for a scope, and the caller's again after it.
+class DeviceScope {
+  public:
+    explicit DeviceScope(int device) {
+        if (EP_GPU(GetDevice)(&previous_) != kGpuSuccess) previous_ = -1;
+        if (previous_ != device) error_ = EP_GPU(SetDevice)(device);
+    }
+    DeviceScope(const DeviceScope &) = delete;
+    DeviceScope &operator=(const DeviceScope &) = delete;
+    ~DeviceScope() {
+        if (previous_ >= 0) EP_GPU(SetDevice)(previous_);
+    }
+    mep_status_t status() const { return gpu_status(error_, "selecting the device"); }
+
+  private:
+    int previous_ = -1;
+    GpuError error_ = kGpuSuccess;
+};
+
+void free_device(void *memory) {
+    EP_GPU(Free)(memory);
+}
+
+// ---- Windows ------------------------------------------------------------------------------------
+
+// A window of this process.
+class OwnMapping : public Mapping {
+  public:
+    OwnMapping(char *data, int device) : data_(data), device_(device) {}
+    OwnMapping(const OwnMapping &) = delete;
+    OwnMapping &operator=(const OwnMapping &) = delete;
+    ~OwnMapping() override {
+        const DeviceScope scope(device_);
+        EP_GPU(Free)(data_);
+    }
+    char *data() const override { return data_; }
+
+  private:
+    char *data_;
+    int device_;
+};
+
+// A window of another process.
+class IpcMapping : public Mapping {
+  public:
+    IpcMapping(void *data, int device) : data_(data), device_(device) {}
+    IpcMapping(const IpcMapping &) = delete;
+    IpcMapping &operator=(const IpcMapping &) = delete;
+    ~IpcMapping() override {
+        const DeviceScope scope(device_);
+        EP_GPU(IpcCloseMemHandle)(data_);
+    }
+    char *data() const override { return static_cast<char *>(data_); }
+
+  private:
+    void *data_;
+    int device_;
+};
+
+class GpuWindow : public Window {
+  public:
+    GpuWindow() = default;
+    GpuWindow(const GpuWindow &) = delete;
+    GpuWindow &operator=(const GpuWindow &) = delete;
+    ~GpuWindow() override { WindowTable::instance().remove(handle_.number); }
+
+    mep_status_t create(int device, size_t bytes, Sharing sharing) {
+        // A handle names a whole block of the allocator; this way the window has one of its own.
+        constexpr size_t kBlockBytes = size_t{2} << 20;
+        const size_t rounded = (bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
+        void *data = nullptr;
+        EP_TRY_GPU(Malloc(&data, rounded));
+        mapping_ = std::make_shared<OwnMapping>(static_cast<char *>(data), device);
+        EP_TRY_GPU(Memset(data, 0, rounded));
+        EP_TRY_GPU(DeviceSynchronize());
+        const ProcessIdentity process = process_identity();
+        handle_.bytes = bytes;
+        handle_.process[0] = process.words[0];
+        handle_.process[1] = process.words[1];
+        handle_.device = device;
+        if (sharing == Sharing::kNobody) return MEP_OK;
+        EP_GPU(IpcMemHandle_t) ipc;
+        static_assert(sizeof ipc <= sizeof handle_.name, "a handle fits");
+        EP_TRY_GPU(IpcGetMemHandle(&ipc, data));
+        std::memcpy(handle_.name, &ipc, sizeof ipc);
+        handle_.number = WindowTable::instance().add(mapping_);
+        return MEP_OK;
+    }
+
+    std::shared_ptr<Mapping> mapping() const override { return mapping_; }
+    WindowHandle handle() const override { return handle_; }
+    void seal() override {}
+
+  private:
+    WindowHandle handle_{};
+    std::shared_ptr<Mapping> mapping_;
+};
+
+// ---- The device ---------------------------------------------------------------------------------
+
+class Gpu : public Device {
+  public:
+    explicit Gpu(int device) : device_(device), kernels_(gpu_kernels()) {}
+
+    mep_status_t start() {
+        EP_GPU(DeviceProp) properties;
+        EP_TRY_GPU(GetDeviceProperties(&properties, device_));
+        block_count_ = properties.multiProcessorCount;
+        static_assert(sizeof properties.uuid == sizeof uuid_, "a UUID has 16 bytes");
+        std::memcpy(&uuid_, &properties.uuid, sizeof uuid_);
+        return MEP_OK;
+    }
+
+    const Kernels &kernels() const override { return kernels_; }
+    DeviceUuid uuid() const override { return uuid_; }
+    int block_count() const override { return block_count_; }
+
+    mep_status_t allocate(size_t bytes, DeviceMemory *memory) override {
+        const DeviceScope scope(device_);
+        EP_TRY(scope.status());
+        void *data = nullptr;
+        EP_TRY_GPU(Malloc(&data, bytes == 0 ? 1 : bytes));
+        *memory = DeviceMemory(data, free_device);
+        EP_TRY_GPU(Memset(data, 0, bytes));
+        return gpu_status(EP_GPU(DeviceSynchronize)(), "clearing memory");
+    }
+    mep_status_t write(void *device, const void *host, size_t bytes) override {
+        const DeviceScope scope(device_);
+        EP_TRY(scope.status());
+        return gpu_status(EP_GPU(Memcpy)(device, host, bytes, EP_GPU(MemcpyHostToDevice)),
+                          "copying to the device");
+    }
+    mep_status_t read(void *host, const void *device, size_t bytes) override {
+        const DeviceScope scope(device_);
+        EP_TRY(scope.status());
+        return gpu_status(EP_GPU(Memcpy)(host, device, bytes, EP_GPU(MemcpyDeviceToHost)),
+                          "copying from the device");
+    }
+
+    mep_status_t create_window(size_t bytes, Sharing sharing,
+                               std::unique_ptr<Window> *window) override {
+        const DeviceScope scope(device_);
+        EP_TRY(scope.status());
+        auto created = std::make_unique<GpuWindow>();
+        EP_TRY(created->create(device_, bytes, sharing));
+        *window = std::move(created);
+        return MEP_OK;
+    }
+
+    mep_status_t open_window(const WindowHandle &handle,
+                             std::shared_ptr<Mapping> *mapping) override {
+        const DeviceScope scope(device_);
+        EP_TRY(scope.status());
+        const ProcessIdentity process = process_identity();
+        if (handle.process[0] == process.words[0] && handle.process[1] == process.words[1])
+            return share_window(handle, mapping);
+        EP_GPU(IpcMemHandle_t) ipc;
+        std::memcpy(&ipc, handle.name, sizeof ipc);
+        void *data = nullptr;
+        EP_TRY_GPU(IpcOpenMemHandle(&data, ipc, EP_GPU(IpcMemLazyEnablePeerAccess)));
+        *mapping = std::make_shared<IpcMapping>(data, device_);
+        return MEP_OK;
+    }
+
+    bool reaches(mep_device_t device) const override {
+        return device.device_type == MEP_DEVICE_CUDA && device.device_id == device_;
+    }
+    bool is_synchronous() const override { return false; }
+    int enter() override {
+        int previous = -1;
+        if (EP_GPU(GetDevice)(&previous) != kGpuSuccess) return -1;
+        if (previous != device_) EP_GPU(SetDevice)(device_);
+        return previous;
+    }
+    void leave(int previous) override {
+        if (previous >= 0 && previous != device_) EP_GPU(SetDevice)(previous);
+    }
+    mep_status_t launch_status(int error) const override {
+        return gpu_status(static_cast<GpuError>(error), "launching a kernel");
+    }
+
+  private:
+    // A window of this process: its address is good here once this device may reach the other.
+    mep_status_t share_window(const WindowHandle &handle, std::shared_ptr<Mapping> *mapping) {
+        *mapping = WindowTable::instance().find(handle.number);
+        if (*mapping == nullptr)
+            return fail(MEP_SYSTEM_ERROR, "a peer's window is gone; its rank has failed");
+        if (handle.device == device_) return MEP_OK;
+        const GpuError error = EP_GPU(DeviceEnablePeerAccess)(handle.device, 0);
+        if (error == EP_GPU(ErrorPeerAccessAlreadyEnabled)) {
+            EP_GPU(GetLastError)();  // not an error, but it would be found by the next launch
+            return MEP_OK;
+        }
+        return gpu_status(error, "enabling access to a peer's device");
+    }
+
+    const int device_;
+    const Kernels kernels_;
+    DeviceUuid uuid_{};
+    int block_count_ = 1;
+};
+
+int device_count() {
+    int count = 0;
+    if (EP_GPU(GetDeviceCount)(&count) != kGpuSuccess) {
+        EP_GPU(GetLastError)();
+        return 0;
+    }
+    return count;
+}
+
+const char *unavailable_reason() {
+    int count = 0;
+    const GpuError error = EP_GPU(GetDeviceCount)(&count);
+    if (error == kGpuSuccess) return count > 0 ? "" : "no device is visible";
+    EP_GPU(GetLastError)();
+    return EP_GPU(GetErrorString)(error);
+}
+
+mep_status_t create_device(int device_id, std::shared_ptr<Device> *device) {
+    const char *reason = unavailable_reason();
+    if (*reason != '\0')
+        return fail(MEP_UNSUPPORTED, "backend %s is not available: %s", EP_GPU_NAME, reason);
+    if (device_id < 0 || device_id >= device_count())
+        return fail(MEP_INVALID_ARGUMENT, "config.device_id is %d; it must be in [0, %d)",
+                    device_id, device_count());
+    auto created = std::make_shared<Gpu>(device_id);
+    EP_TRY(created->start());
+    *device = std::move(created);
+    return MEP_OK;
+}
+
+}  // namespace
+}  // namespace ep

@@ -1,0 +1,127 @@
+// The same round on the CPU and on a GPU. The CPU's kernels are tested against the oracle; a GPU
+// must give the same bits, in every array, also where nothing is written.
+#pragma once
+
+#include "mooncake_ep.h"
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace gpu {
+
+enum class Weights { kAtDispatch, kAtCombine, kNone };
+
+struct Problem {
+    int ranks = 2, tokens_max = 32, hidden = 256, experts = 8, topk = 2;
+    int type_code = MEP_TYPE_BFLOAT, type_bits = 16;
+    uint32_t quant = MEP_QUANT_NONE;
+    Weights weights = Weights::kAtDispatch;
+    uint32_t seed = 1;
+    bool in_halves = false;
+    int rounds = 3;
+
+    int64_t local() const { return experts / ranks; }
+    int64_t rows() const { return int64_t(ranks) * tokens_max; }
+};
+
+// Memory of one backend.
+class Memory {
+  public:
+    Memory() = default;
+    Memory(bool on_gpu, size_t bytes) : on_gpu_(on_gpu), bytes_(bytes) {
+        if (on_gpu_)
+            cudaMalloc(&data_, bytes + 1);
+        else
+            data_ = aligned_alloc(64, (bytes + 64) / 64 * 64);
+    }
+    Memory(Memory &&other) noexcept { swap(other); }
+    Memory &operator=(Memory &&other) noexcept {
+        swap(other);
+        return *this;
+    }
+    ~Memory() {
+        if (on_gpu_)
+            cudaFree(data_);
+        else
+            free(data_);
+    }
+    void *data() const { return data_; }
+    size_t bytes() const { return bytes_; }
+    void put(const void *from) const { copy(data_, from, cudaMemcpyHostToDevice); }
+    std::vector<char> get() const {
+        std::vector<char> bytes(bytes_);
+        copy(bytes.data(), data_, cudaMemcpyDeviceToHost);
+        return bytes;
+    }
+
+  private:
+    void swap(Memory &other) {
+        std::swap(data_, other.data_);
+        std::swap(bytes_, other.bytes_);
+        std::swap(on_gpu_, other.on_gpu_);
+    }
+    void copy(void *to, const void *from, cudaMemcpyKind kind) const {
+        if (bytes_ == 0) return;
+        if (on_gpu_)
+            cudaMemcpy(to, from, bytes_, kind);
+        else
+            std::memcpy(to, from, bytes_);
+    }
+    void *data_ = nullptr;
+    size_t bytes_ = 0;
+    bool on_gpu_ = false;
+};
+
+// An array with its description.
+struct Array {
+    Memory memory;
+    std::vector<int64_t> shape;
+    mep_tensor_t tensor{};
+
+    Array(bool on_gpu, int device, int code, int bits, std::vector<int64_t> dimensions)
+        : shape(std::move(dimensions)) {
+        size_t count = 1;
+        for (const int64_t extent : shape)
+            count *= extent;
+        memory = Memory(on_gpu, count * bits / 8);
+        tensor.data = memory.data();
+        tensor.device = {on_gpu ? MEP_DEVICE_CUDA : MEP_DEVICE_CPU, on_gpu ? device : 0};
+        tensor.ndim = static_cast<int32_t>(shape.size());
+        tensor.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
+        tensor.shape = shape.data();
+        const std::vector<char> poison(memory.bytes(), char(0xa5));
+        memory.put(poison.data());
+    }
+    Array(const Array &) = delete;
+    Array &operator=(const Array &) = delete;
+};
+
+// What a rank ends with: each array's name and bytes.
+using Results = std::vector<std::pair<std::string, std::vector<char>>>;
+
+// One rank's inputs of a round, on the host.
+struct Inputs {
+    int tokens;
+    std::vector<char> x;
+    std::vector<int32_t> idx;
+    std::vector<float> weights;
+
+    static Inputs of(const Problem &p, int rank, int round);
+};
+
+// Runs the rounds of a problem on one backend as one rank; empty results and a text on failure.
+Results run_rank(const Problem &problem, int rank, int backend, int device, mep_world_t *world,
+                 std::string *failure);
+
+// The first array that differs; "" if none does.
+std::string difference(const Results &cpu, const Results &gpu);
+
+}  // namespace gpu
