@@ -15,6 +15,10 @@ Kernels gpu_kernels() {
     return cuda::kernels(cuda::kThreads / cuda::kWarpSize);
 }
 
+int load_gpu_kernels() {
+    return cuda::load_kernels();
+}
+
 }  // namespace
 }  // namespace ep
 

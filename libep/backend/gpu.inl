@@ -1,7 +1,7 @@
 // The host runtime of a GPU, once for CUDA and MACA. The including file defines
 //   EP_GPU(name)            cuda##name or mc##name
 //   EP_GPU_NAME             "cuda" or "maca"
-//   gpu_kernels()           the kernels
+//   gpu_kernels()           the kernels, and load_gpu_kernels(), which loads them
 #include "backend/backend.h"
 #include "backend/window_table.h"
 #include "base/status.h"
@@ -134,7 +134,9 @@ class Gpu : public Device {
         block_count_ = properties.multiProcessorCount;
         static_assert(sizeof properties.uuid == sizeof uuid_, "a UUID has 16 bytes");
         std::memcpy(&uuid_, &properties.uuid, sizeof uuid_);
-        return MEP_OK;
+        const DeviceScope scope(device_);
+        EP_TRY(scope.status());
+        return gpu_status(static_cast<GpuError>(load_gpu_kernels()), "loading the kernels");
     }
 
     const Kernels &kernels() const override { return kernels_; }

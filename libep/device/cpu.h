@@ -20,6 +20,7 @@
 #define EP_DEVICE inline __attribute__((always_inline))
 #define EP_KERNEL inline void
 #define EP_UNROLL
+#define EP_SHARED(Type, name) Type name
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
@@ -55,7 +56,9 @@ struct Lane {
 };
 struct Thread : Lane {};
 struct Warp : Lane {};
-struct Block : Lane {};
+struct Block : Lane {
+    static bool all(bool value) { return value; }
+};
 
 template <class Group>
 int grid_index() {
@@ -140,6 +143,8 @@ EP_DEVICE void copy_row(char *to, const char *from, size_t bytes, Caching) {
 }
 #endif
 
+constexpr int kTermsAtOnce = 1;  // the hardware looks ahead by itself
+
 template <class Group>
 EP_DEVICE void fan_out(char *const (&to)[kFanOut], int count, const char *from, size_t bytes,
                        Caching caching) {
@@ -154,7 +159,8 @@ void launch_one(void (*kernel)(Args), const Args &args, const Queue &) {
 }
 
 template <class Args>
-void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue) {
+void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue, int item_count) {
+    if (item_count == 0) return;
     if (queue.workers == nullptr || queue.workers->count() == 1) {
         launch_one(kernel, args, queue);
         return;

@@ -10,13 +10,17 @@
 
 #define EP_DEVICE_NAMESPACE cuda
 #define EP_DEVICE __device__ __forceinline__
-#define EP_KERNEL __global__ void
+#define EP_KERNEL \
+    __global__ void __launch_bounds__(::ep::cuda::kThreads, ::ep::cuda::kBlocksOfProcessor)
 #define EP_UNROLL _Pragma("unroll")
+#define EP_SHARED(Type, name) __shared__ Type name
 
 namespace ep::cuda {
 
 constexpr int kWarpSize = 32;
-constexpr int kThreads = 512;
+constexpr int kThreads = 512;  // of a block at most
+constexpr int kBlocksOfProcessor =
+    2;  // of kThreads that fit beside each other, whatever the kernel
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Equals {
@@ -62,6 +66,9 @@ struct Block {
     EP_DEVICE static int rank() { return threadIdx.x; }
     EP_DEVICE static int size() { return blockDim.x; }
     EP_DEVICE static void sync() { __syncthreads(); }
+    EP_DEVICE static bool all(bool value) { return __syncthreads_and(value) != 0; }
+    EP_DEVICE static int index_in_block() { return 0; }
+    EP_DEVICE static int count_in_block() { return 1; }
 };
 
 template <class Group>
@@ -88,11 +95,16 @@ EP_DEVICE uint64_t fetch_add(uint64_t *to, uint64_t value) {
     return atomicAdd(reinterpret_cast<unsigned long long *>(to), value);
 }
 
-template <class Group>
 EP_DEVICE void publish(uint64_t *word, uint64_t value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+template <class Group>
+EP_DEVICE void publish_all(uint64_t *const (&words)[kFanOut], const uint64_t (&values)[kFanOut],
+                           int count) {
     Group::sync();
-    if (Group::rank() == 0)
-        asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+    EP_UNROLL
+    for (int i = 0; i < kFanOut; ++i)
+        if (i < count && Group::rank() == i) publish(words[i], values[i]);
 }
 template <class Group>
 EP_DEVICE uint64_t observe(const uint64_t *word) {
@@ -115,13 +127,35 @@ EP_DEVICE void pause(uint32_t attempt) {
 
 #include "device/lanes.h"
 
+// Every launch: `blocks` of `threads`, or only the loading.
+template <class Args>
+void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, int blocks,
+                   int threads) {
+    if (queue.load_only) {
+        cudaFuncAttributes attributes;
+        cudaFuncGetAttributes(&attributes, kernel);
+        return;
+    }
+    kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(queue.stream)>>>(args);
+}
+
 template <class Args>
 void launch_one(void (*kernel)(Args), const Args &args, const Queue &queue) {
-    kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(queue.stream)>>>(args);
+    launch_blocks(kernel, args, queue, 1, kThreads);
 }
+
+// A block per item, of as many warps as fill the device; with more items than that, small blocks
+// that take several. Never more threads than fit beside each other, whatever the kernel: ranks that
+// share a device must not keep each other out.
 template <class Args>
-void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue) {
-    kernel<<<queue.block_count, kThreads, 0, static_cast<cudaStream_t>(queue.stream)>>>(args);
+void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue, int item_count) {
+    if (item_count == 0 && !queue.load_only) return;
+    const int warps = kBlocksOfProcessor * kThreads / kWarpSize * queue.block_count;
+    int block_warps = kThreads / kWarpSize;
+    while (block_warps > 1 && block_warps * item_count > warps)
+        block_warps /= 2;
+    const int blocks = item_count < warps / block_warps ? item_count : warps / block_warps;
+    launch_blocks(kernel, args, queue, blocks, block_warps * kWarpSize);
 }
 inline int launch_error() {
     return cudaGetLastError();

@@ -17,6 +17,7 @@
 #define EP_DEVICE inline
 #define EP_KERNEL inline void
 #define EP_UNROLL
+#define EP_SHARED(Type, name) Type &name = place.whole->template shared<Type>()
 
 #if !defined(EP_EMU_WARP_SIZE)
 #define EP_EMU_WARP_SIZE 64
@@ -34,6 +35,13 @@ struct Team {
     explicit Team(int size) : barrier(size), cells(size) {}
     std::barrier<> barrier;
     std::vector<uint64_t> cells;
+
+    template <class T>
+    T &shared() {
+        static_assert(sizeof(T) <= sizeof memory, "shared memory has room");
+        return *reinterpret_cast<T *>(memory);
+    }
+    alignas(16) char memory[48 << 10];
 };
 
 struct Place {
@@ -111,6 +119,17 @@ struct Block {
     static int rank() { return place.thread; }
     static int size() { return kThreads; }
     static void sync() { place.whole->barrier.arrive_and_wait(); }
+    static int index_in_block() { return 0; }
+    static int count_in_block() { return 1; }
+    static bool all(bool value) {
+        place.whole->cells[rank()] = value;
+        sync();
+        bool every = true;
+        for (const uint64_t cell : place.whole->cells)
+            every = every && cell != 0;
+        sync();
+        return every;
+    }
 };
 
 template <class Group>
@@ -150,7 +169,8 @@ void launch_one(void (*kernel)(Args), const Args &args, const Queue &) {
     launch_blocks(1, kernel, args);
 }
 template <class Args>
-void launch_all(void (*kernel)(Args), const Args &args, const Queue &) {
+void launch_all(void (*kernel)(Args), const Args &args, const Queue &, int item_count) {
+    if (item_count == 0) return;
     launch_blocks(kManyBlocks, kernel, args);
 }
 inline int launch_error() {

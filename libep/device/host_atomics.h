@@ -14,10 +14,14 @@ T fetch_add(T *to, T value) {
     return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
 
+inline void publish(uint64_t *word, uint64_t value) {
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
 template <class Group>
-void publish(uint64_t *word, uint64_t value) {
+void publish_all(uint64_t *const (&words)[kFanOut], const uint64_t (&values)[kFanOut], int count) {
     Group::sync();
-    if (Group::rank() == 0) __atomic_store_n(word, value, __ATOMIC_RELEASE);
+    for (int i = Group::rank(); i < count; i += Group::size())
+        __atomic_store_n(words[i], values[i], __ATOMIC_RELEASE);
 }
 template <class Group>
 uint64_t observe(const uint64_t *word) {

@@ -71,13 +71,29 @@ struct alignas(16) Vector {
     uint64_t words[2];
 };
 
+constexpr int kLoadsInFlight = 4;  // of a lane
+
 template <class Group>
 EP_DEVICE void fan_out(char *const (&to)[kFanOut], int count, const char *from, size_t bytes,
                        Caching) {
-    for (size_t v = Group::rank(); v < bytes / sizeof(Vector); v += Group::size()) {
-        const Vector vector = reinterpret_cast<const Vector *>(from)[v];
+    const int vectors = static_cast<int>(bytes / sizeof(Vector));
+    for (int first = Group::rank(); first < vectors; first += kLoadsInFlight * Group::size()) {
+        Vector loaded[kLoadsInFlight];
         EP_UNROLL
-        for (int i = 0; i < kFanOut; ++i)
-            if (i < count) reinterpret_cast<Vector *>(to[i])[v] = vector;
+        for (int i = 0; i < kLoadsInFlight; ++i) {
+            const int v = first + i * Group::size();
+            if (v < vectors) loaded[i] = reinterpret_cast<const Vector *>(from)[v];
+        }
+        EP_UNROLL
+        for (int target = 0; target < kFanOut; ++target) {
+            if (target >= count) break;
+            EP_UNROLL
+            for (int i = 0; i < kLoadsInFlight; ++i) {
+                const int v = first + i * Group::size();
+                if (v < vectors) reinterpret_cast<Vector *>(to[target])[v] = loaded[i];
+            }
+        }
     }
 }
+
+constexpr int kTermsAtOnce = 4;  // rows of a sum whose loads are in flight together

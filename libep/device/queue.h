@@ -25,8 +25,12 @@ class Workers {
 
 struct Queue {
     void *stream = nullptr;      // native stream of a GPU
-    int block_count = 1;         // of a launch over the whole GPU
+    int block_count = 1;         // multiprocessors of the GPU that a launch may fill
     Workers *workers = nullptr;  // of the CPU
+
+    // Load the kernels onto the device instead of launching them. What is loaded at its first
+    // launch may wait for kernels that wait for this one.
+    bool load_only = false;
 };
 
 }  // namespace ep

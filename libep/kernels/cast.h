@@ -142,10 +142,10 @@ EP_DEVICE void cast_fan_out(const RowTargets &to, const char *from, int hidden, 
     constexpr int kPacksOfGroup = kScaleGroup / kPack;
     constexpr int kLanes = kWarpSize < kPacksOfGroup ? kWarpSize : kPacksOfGroup;
     constexpr int kPacks = kPacksOfGroup / kLanes;  // of a lane
-    const int lane = Warp::rank() % kLanes, groups_at_once = Warp::size() / kLanes;
+    const int lane = Warp::rank() % kLanes, groups_at_once = Block::size() / kLanes;
     const int groups = hidden / kScaleGroup;
     for (int first = 0; first < groups; first += groups_at_once) {
-        const int group = first + Warp::rank() / kLanes;
+        const int group = first + Block::rank() / kLanes;
         const bool inside = group < groups;  // all lanes stay for max_over
         const int channel = group * kScaleGroup + lane * kPacks * kPack;
         Pack<kPack> values[kPacks] = {};

@@ -1,11 +1,12 @@
 // dispatch: every token travels once to each rank that owns one of its experts, and is packed there
 // by expert.
 //
-//   count    one block   numbers this rank's tokens for each expert, and publishes how many there
-//   are send     the grid    writes each token's row to the ranks of its experts, in the token's
-//   own slot layout   one block   waits for all counts: where each source's rows begin in each
-//   expert's region receive  the grid    waits for each message, and copies its row to where it
-//   belongs
+//   count    one block  numbers this rank's tokens for each expert, and publishes how many there
+//                       are
+//   send     the grid   writes each token's row to the ranks of its experts, in the token's slot
+//   layout   one block  waits for all counts: where each source's rows begin in each expert's
+//                       region
+//   receive  the grid   waits for each message, and copies its row to where it belongs
 //
 // Each step is a kernel of its own: the boundary between two kernels orders them for the whole
 // grid. Nothing is ever cleared: what a reader waits for carries the epoch of the round
@@ -37,57 +38,85 @@ EP_DEVICE int32_t choice_at(const DispatchArgs &a, int i) {
     return static_cast<int>(expert);
 }
 
+constexpr int kTalliesAtOnce = 4;  // loaded before the first is added
+
+// The tallies of a block's warps, where they fit; else they are in the scratch of the arguments.
+struct SharedTally {
+    static constexpr int kCount = 8192;
+    int32_t counts[kCount];
+
+    EP_DEVICE int32_t *choose(const DispatchArgs &a, int warps) {
+        return warps * a.round.layout.shape.expert_count <= kCount ? counts : a.tally;
+    }
+};
+
 // The choices that a warp counts: neighbours, so that numbering them in warp order is token order.
 struct Share {
     int begin, end;
 
     EP_DEVICE static Share of_warp(int choice_count) {
-        const int64_t warp = Warp::index_in_block(), warps = Warp::count_in_block();
+        const int64_t warp = Warp::index_in_block(), warps = warp_count(choice_count);
+        if (warp >= warps) return {choice_count, choice_count};
         return {static_cast<int>(choice_count * warp / warps),
                 static_cast<int>(choice_count * (warp + 1) / warps)};
+    }
+
+    // Every warp more is a tally more to add up.
+    EP_DEVICE static int warp_count(int choice_count) {
+        constexpr int kChoicesOfWarpMin = 128;
+        const int wanted = choice_count / kChoicesOfWarpMin + 1;
+        return wanted < Warp::count_in_block() ? wanted : Warp::count_in_block();
     }
 };
 
 // Turns the counts of each warp into the first number of each warp, and publishes the totals.
-EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch) {
+EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *tally, int warps) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
     const int experts = layout.shape.expert_count, per_rank = layout.local_expert_count;
     for (int e = Block::rank(); e < experts; e += Block::size()) {
         int32_t total = 0;
-        for (int warp = 0; warp < Warp::count_in_block(); ++warp) {
-            int32_t *tally = &a.tally[size_t(warp) * experts + e];
-            const int32_t count = *tally;
-            *tally = total;
-            total += count;
+        for (int first = 0; first < warps; first += kTalliesAtOnce) {
+            int32_t counts[kTalliesAtOnce];
+            EP_UNROLL
+            for (int i = 0; i < kTalliesAtOnce; ++i)
+                counts[i] = first + i < warps ? tally[size_t(first + i) * experts + e] : 0;
+            EP_UNROLL
+            for (int i = 0; i < kTalliesAtOnce; ++i) {
+                if (first + i < warps) tally[size_t(first + i) * experts + e] = total;
+                total += counts[i];
+            }
         }
         if (is_active(r, e / per_rank))
-            publish<Thread>(layout.count(r.windows[e / per_rank], epoch, r.rank, e % per_rank),
-                            Signal::pack(epoch, total));
+            publish(layout.count(r.windows[e / per_rank], epoch, r.rank, e % per_rank),
+                    Signal::pack(epoch, total));
     }
     for (int peer = Block::rank(); peer < layout.shape.rank_count; peer += Block::size())
         if (is_active(r, peer))
-            publish<Thread>(layout.token_count(r.windows[peer], epoch, r.rank),
-                            Signal::pack(epoch, r.token_count));
+            publish(layout.token_count(r.windows[peer], epoch, r.rank),
+                    Signal::pack(epoch, r.token_count));
 }
 
 // One block. Also opens the round: everything after it reads the handle's epoch.
 EP_KERNEL dispatch_count(const DispatchArgs a) {
+    EP_SHARED(SharedTally, shared_tally);
     const Round &r = a.round;
-    const int experts = r.layout.shape.expert_count;
-    const Share share = Share::of_warp(r.token_count * r.topk);
-    int32_t *tally = a.tally + size_t(Warp::index_in_block()) * experts;
+    const int experts = r.layout.shape.expert_count, choice_count = r.token_count * r.topk;
+    const int warps = Share::warp_count(choice_count);
+    const Share share = Share::of_warp(choice_count);
+    int32_t *tallies = shared_tally.choose(a, warps);
+    int32_t *tally = tallies + size_t(Warp::index_in_block()) * experts;
     if (Block::rank() == 0) r.routing.state->dispatch_epoch = ++r.state->dispatch_epoch;
-    for (int e = Warp::rank(); e < experts; e += Warp::size())
-        tally[e] = 0;
-    Warp::sync();
+    for (int e = Block::rank(); e < warps * experts; e += Block::size())
+        tallies[e] = 0;
+    Block::sync();
     for (int i = share.begin + Warp::rank(); i < share.end; i += Warp::size()) {
         const int32_t choice = choice_at(a, i);
         r.routing.choices[i] = choice;
         if (choice >= 0) fetch_add(&tally[choice], 1);
     }
     Block::sync();
-    publish_counts(a, r.routing.state->dispatch_epoch);
+    publish_counts(a, r.routing.state->dispatch_epoch, tallies, warps);
     Block::sync();
     for (int first = share.begin; first < share.end; first += Warp::size()) {
         const int i = first + Warp::rank();
@@ -109,11 +138,11 @@ EP_DEVICE void put_row(const DispatchArgs &a, int token, const RowTargets &to) {
     if constexpr (kCast) {
         cast_fan_out<kType>(to, row, hidden, a.quant == Quant::kFp8Pow2);
     } else {
-        fan_out<Warp>(to.row, to.count, row, size_t(hidden) * element_bytes(kType),
-                      a.round.caching);
+        fan_out<Block>(to.row, to.count, row, size_t(hidden) * element_bytes(kType),
+                       a.round.caching);
         if constexpr (kType == Element::kFp8) {
             const float *scales = a.x_scales.data + token * a.x_scales.row_stride;
-            for (int g = Warp::rank(); g < hidden / kScaleGroup; g += Warp::size())
+            for (int g = Block::rank(); g < hidden / kScaleGroup; g += Block::size())
                 for (int i = 0; i < to.count; ++i)
                     to.scales[i][g * to.scale_stride] = scales[g * a.x_scales.group_stride];
         }
@@ -126,7 +155,7 @@ EP_DEVICE int put_entries(const DispatchArgs &a, int token, ExpertRange range, E
     const int32_t *choices = r.routing.choices + token * r.topk;
     const int32_t *positions = r.routing.positions + token * r.topk;
     const float *weights = a.topk_weights == nullptr ? nullptr : a.topk_weights + token * r.topk;
-    for (int k = Warp::rank(); k < r.topk; k += Warp::size())
+    for (int k = Block::rank(); k < r.topk; k += Block::size())
         if (range.has(choices[k]))
             entries[entries_before(choices, k, range)] = {
                 choices[k] - range.first, positions[k], merged_weight(choices, weights, k, r.topk),
@@ -144,12 +173,11 @@ struct Outbox {
 template <bool kCast, Element kType>
 EP_DEVICE void flush(const DispatchArgs &a, int token, Outbox *outbox) {
     put_row<kCast, kType>(a, token, outbox->to);
-    for (int i = 0; i < outbox->to.count; ++i)
-        publish<Warp>(outbox->flag[i], outbox->signal[i]);
+    publish_all<Block>(outbox->flag, outbox->signal, outbox->to.count);
     outbox->to.count = 0;
 }
 
-// One warp per token. A rank that the token does not go to gets an empty message, so that nobody
+// One block per token. A rank that the token does not go to gets an empty message, so that nobody
 // has to be told how many messages there are.
 template <bool kCast, Element kType>
 EP_KERNEL dispatch_send(const DispatchArgs a) {
@@ -157,18 +185,18 @@ EP_KERNEL dispatch_send(const DispatchArgs a) {
     const Layout &layout = r.layout;
     const uint64_t epoch = r.routing.state->dispatch_epoch;
     const size_t row_bytes = size_t(r.hidden) * element_bytes(kCast ? Element::kFp8 : kType);
-    for (int token = grid_index<Warp>(); token < r.token_count; token += grid_count<Warp>()) {
+    for (int token = grid_index<Block>(); token < r.token_count; token += grid_count<Block>()) {
         Outbox outbox;
         outbox.to.count = 0;
         outbox.to.scale_stride = 1;
         for (int step = 1; step < layout.shape.rank_count; ++step) {
             const int peer = (r.rank + step) % layout.shape.rank_count;
-            if (!Warp::broadcast(int{is_active(r, peer)})) continue;
+            if (!Block::all(is_active(r, peer))) continue;
             char *message = layout.message(r.windows[peer], epoch, peer, r.rank, token);
             const int count =
                 put_entries(a, token, ExpertRange::of(layout, peer), Layout::entries(message));
             if (count == 0) {
-                publish<Warp>(Layout::flag(message), Signal::pack(epoch, 0));
+                if (Block::rank() == 0) publish(Layout::flag(message), Signal::pack(epoch, 0));
                 continue;
             }
             const int i = outbox.to.count++;
@@ -183,9 +211,10 @@ EP_KERNEL dispatch_send(const DispatchArgs a) {
 }
 
 // A count from `source`, kept where publish_begins finds it; a limit it breaks masks the source.
-EP_DEVICE int32_t await_count(const Round &r, const uint64_t *word, uint64_t epoch, int source) {
+EP_DEVICE int32_t await_count(const Wait &wait, const uint64_t *word, uint64_t epoch, int source) {
+    const Round &r = wait.round;
     uint64_t signal;
-    if (!await<Thread>(r, word, epoch, source, &signal)) return 0;
+    if (!wait.until<Thread>(word, epoch, source, &signal)) return 0;
     if (Signal::value(signal) <= r.layout.shape.token_count_max) return Signal::value(signal);
     fetch_add(&r.state->invalid_messages, uint64_t{1});
     store(&r.active[source], 0);
@@ -216,15 +245,14 @@ EP_KERNEL dispatch_layout(const DispatchArgs a) {
     const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
     const uint64_t epoch = r.routing.state->dispatch_epoch;
     char *window = r.windows[r.rank];
-    if (Block::rank() == 0) begin_wait(r);
-    Block::sync();
+    const Wait wait(r);
     for (int source = Block::rank(); source < ranks; source += Block::size())
         r.routing.token_counts[source] =
-            await_count(r, layout.token_count(window, epoch, source), epoch, source);
+            await_count(wait, layout.token_count(window, epoch, source), epoch, source);
     for (int i = Block::rank(); i < ranks * experts; i += Block::size()) {
         const int source = i / experts, expert = i % experts;
         r.routing.begins[size_t(expert) * (ranks + 1) + source] =
-            await_count(r, layout.count(window, epoch, source, expert), epoch, source);
+            await_count(wait, layout.count(window, epoch, source, expert), epoch, source);
     }
     Block::sync();
     for (int source = Block::rank(); source < ranks; source += Block::size())
@@ -245,30 +273,69 @@ EP_DEVICE int32_t row_of(const Round &r, int source, const Entry &entry) {
            entry.position;
 }
 
-// Remembers one entry of a token for combine. By value: what lies in a window may change between
-// the check and the use.
-EP_DEVICE void keep_entry(const DispatchArgs &a, int source, int token, int index, Entry entry) {
+// What the threads of a block know together of the token that they receive.
+struct Arrival {
+    int32_t rows[kTopkMax];  // of its entries, counted over all experts' regions; -1: none
+    int count;
+};
+
+// Remembers one entry of a token, for combine and in `arrival`. By value: what lies in a window may
+// change between the check and the use.
+EP_DEVICE void keep_entry(const DispatchArgs &a, int source, int token, int index, Entry entry,
+                          Arrival *arrival) {
     const Round &r = a.round;
     const size_t slot = size_t(source) * r.layout.shape.token_count_max + token;
     const size_t at = slot * r.layout.shape.topk_max + index;
     const int32_t row = row_of(r, source, entry);
     if (row < 0) fetch_add(&r.state->invalid_messages, uint64_t{1});
+    arrival->rows[index] = row;
     r.routing.rows[at] = row;
     r.routing.weights[at] = entry.weight;
     if (row >= 0 && a.out_src_info != nullptr) a.out_src_info[row] = token;
 }
 
-// The next at most kFanOut rows of a token, from entry *next on, as places in the outputs.
-EP_DEVICE RowTargets next_targets(const DispatchArgs &a, const int32_t *rows, int count,
-                                  int *next) {
+// This rank's own token: no message, straight from its choices. The whole block.
+EP_DEVICE void keep_own(const DispatchArgs &a, int token, Arrival *arrival) {
+    const Round &r = a.round;
+    const ExpertRange range = ExpertRange::of(r.layout, r.rank);
+    const int32_t *choices = r.routing.choices + token * r.topk;
+    const float *weights = a.topk_weights == nullptr ? nullptr : a.topk_weights + token * r.topk;
+    for (int k = Block::rank(); k < r.topk; k += Block::size())
+        if (range.has(choices[k]))
+            keep_entry(a, r.rank, token, entries_before(choices, k, range),
+                       {choices[k] - range.first, r.routing.positions[token * r.topk + k],
+                        merged_weight(choices, weights, k, r.topk), 0},
+                       arrival);
+    if (Block::rank() == 0) arrival->count = entries_before(choices, r.topk, range);
+}
+
+// Waits for a token's message; nothing of it arrives if its source has failed. The first warp.
+EP_DEVICE void keep_message(const DispatchArgs &a, const Wait &wait, int source, int token,
+                            char *message, Arrival *arrival) {
+    const Round &r = a.round;
+    uint64_t signal;
+    int count = 0;
+    if (wait.until<Warp>(Layout::flag(message), r.routing.state->dispatch_epoch, source, &signal))
+        count = Signal::value(signal);
+    if (count > r.layout.shape.topk_max) {
+        if (Warp::rank() == 0) fetch_add(&r.state->invalid_messages, uint64_t{1});
+        count = 0;
+    }
+    for (int i = Warp::rank(); i < count; i += Warp::size())
+        keep_entry(a, source, token, i, Layout::entries(message)[i], arrival);
+    if (Warp::rank() == 0) arrival->count = count;
+}
+
+// The rows of at most kFanOut entries from *next on, as places in the outputs.
+EP_DEVICE RowTargets next_targets(const DispatchArgs &a, const Arrival &arrival, int *next) {
     const Round &r = a.round;
     const size_t row_bytes = size_t(r.hidden) * element_bytes(a.out_type());
     const int region = r.layout.shape.rank_count * r.layout.shape.token_count_max;
     RowTargets to;
     to.count = 0;
     to.scale_stride = a.out_scales.group_stride;
-    while (*next < count && to.count < kFanOut) {
-        const int32_t row = rows[(*next)++];
+    while (*next < arrival.count && to.count < kFanOut) {
+        const int32_t row = arrival.rows[(*next)++];
         if (row < 0) continue;
         to.row[to.count] = a.out_x + row * row_bytes;
         to.scales[to.count++] = a.out_scales.data + row / region * a.out_scales.expert_stride +
@@ -277,92 +344,64 @@ EP_DEVICE RowTargets next_targets(const DispatchArgs &a, const int32_t *rows, in
     return to;
 }
 
-// Waits for a message and remembers its entries; false if its source failed.
-EP_DEVICE bool await_message(const DispatchArgs &a, int source, int token, const char **payload,
-                             int *count) {
-    const Round &r = a.round;
-    const uint64_t epoch = r.routing.state->dispatch_epoch;
-    char *message = r.layout.message(r.windows[r.rank], epoch, r.rank, source, token);
-    uint64_t signal;
-    if (!await<Warp>(r, Layout::flag(message), epoch, source, &signal)) return false;
-    *count = Signal::value(signal);
-    *payload = r.layout.payload(message);
-    if (*count > r.layout.shape.topk_max) {
-        if (Warp::rank() == 0) fetch_add(&r.state->invalid_messages, uint64_t{1});
-        *count = 0;
-    }
-    for (int i = Warp::rank(); i < *count; i += Warp::size())
-        keep_entry(a, source, token, i, Layout::entries(message)[i]);
-    return true;
-}
-
-// This rank's own token: no message, straight from its choices.
-EP_DEVICE int keep_own(const DispatchArgs &a, int token) {
-    const Round &r = a.round;
-    const ExpertRange range = ExpertRange::of(r.layout, r.rank);
-    const int32_t *choices = r.routing.choices + token * r.topk;
-    const float *weights = a.topk_weights == nullptr ? nullptr : a.topk_weights + token * r.topk;
-    for (int k = Warp::rank(); k < r.topk; k += Warp::size())
-        if (range.has(choices[k]))
-            keep_entry(a, r.rank, token, entries_before(choices, k, range),
-                       {choices[k] - range.first, r.routing.positions[token * r.topk + k],
-                        merged_weight(choices, weights, k, r.topk), 0});
-    return entries_before(choices, r.topk, range);
-}
-
 // Copies an arrived row, and its scales, to each target.
 template <Element kOut>
 EP_DEVICE void unpack_row(const DispatchArgs &a, const char *payload, const RowTargets &to) {
     const size_t row_bytes = size_t(a.round.hidden) * element_bytes(kOut);
-    fan_out<Warp>(to.row, to.count, payload, row_bytes, a.round.caching);
+    fan_out<Block>(to.row, to.count, payload, row_bytes, a.round.caching);
     if constexpr (kOut == Element::kFp8) {
         const auto *scales = reinterpret_cast<const float *>(payload + row_bytes);
-        for (int g = Warp::rank(); g < a.round.hidden / kScaleGroup; g += Warp::size())
+        for (int g = Block::rank(); g < a.round.hidden / kScaleGroup; g += Block::size())
             for (int i = 0; i < to.count; ++i)
                 to.scales[i][g * to.scale_stride] = scales[g];
     }
 }
 
-// One warp per (source, token), this rank's own first: they are at hand while others travel.
+// One block per (source, token), this rank's own first: they are at hand while others travel.
 template <bool kCast, Element kType>
 EP_KERNEL dispatch_receive(const DispatchArgs a) {
+    EP_SHARED(Arrival, arrival);
     const Round &r = a.round;
     const int ranks = r.layout.shape.rank_count, slots = r.layout.shape.token_count_max;
-    for (int i = grid_index<Warp>(); i < ranks * slots; i += grid_count<Warp>()) {
+    const uint64_t epoch = r.routing.state->dispatch_epoch;
+    const Wait wait(r);
+    for (int i = grid_index<Block>(); i < ranks * slots; i += grid_count<Block>()) {
         const int source = (r.rank + i / slots) % ranks, token = i % slots;
         if (token >= r.routing.token_counts[source]) continue;
         const bool own = source == r.rank;
-        const char *payload = nullptr;
-        int count = 0;
+        char *message =
+            own ? nullptr : r.layout.message(r.windows[r.rank], epoch, r.rank, source, token);
         if (own)
-            count = keep_own(a, token);
-        else if (!await_message(a, source, token, &payload, &count))
-            count = 0;
-        const size_t slot = size_t(source) * slots + token;
-        if (Warp::rank() == 0) r.routing.row_counts[slot] = count;
-        Warp::sync();
-        const int32_t *rows = r.routing.rows + slot * r.layout.shape.topk_max;
-        for (int next = 0; next < count;) {
-            const RowTargets to = next_targets(a, rows, count, &next);
+            keep_own(a, token, &arrival);
+        else if (Warp::index_in_block() == 0)
+            keep_message(a, wait, source, token, message, &arrival);
+        Block::sync();
+        if (Block::rank() == 0)
+            r.routing.row_counts[size_t(source) * slots + token] = arrival.count;
+        for (int next = 0; next < arrival.count;) {
+            const RowTargets to = next_targets(a, arrival, &next);
             if (own)
                 put_row<kCast, kType>(a, token, to);
             else
-                unpack_row<kCast ? Element::kFp8 : kType>(a, payload, to);
+                unpack_row<kCast ? Element::kFp8 : kType>(a, r.layout.payload(message), to);
         }
+        Block::sync();  // before the next token's arrival takes the place of this one's
     }
 }
 
 template <bool kCast, Element kType>
 int launch_dispatch_send(const DispatchArgs &args, const Queue &queue) {
     launch_one(dispatch_count, args, queue);
-    launch_all(dispatch_send<kCast, kType>, args, queue);
+    launch_all(dispatch_send<kCast, kType>, args, queue, args.round.token_count);
     return launch_error();
 }
 
 template <bool kCast, Element kType>
 int launch_dispatch_receive(const DispatchArgs &args, const Queue &queue) {
     launch_one(dispatch_layout, args, queue);
-    launch_all(dispatch_receive<kCast, kType>, args, queue);
+    const Shape &shape = args.round.layout.shape;
+    launch_all(dispatch_receive<kCast, kType>, args, queue,
+               shape.rank_count * shape.token_count_max);
     return launch_error();
 }
 

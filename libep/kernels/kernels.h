@@ -16,7 +16,6 @@ struct BufferState {
 
 struct HandleState {
     uint64_t dispatch_epoch, combine_epoch;  // of the handle's last round of each
-    uint64_t wait_began_ns;                  // when the phase began that timeouts count from
 };
 
 // What a handle remembers of its dispatch, in device memory. "Slots" are [source][token].

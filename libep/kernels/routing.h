@@ -6,6 +6,8 @@
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
+constexpr int kTopkMax = 32;  // MEP_TOPK_MAX
+
 // The experts [first, end) of one rank.
 struct ExpertRange {
     int first, end;
@@ -49,26 +51,28 @@ EP_DEVICE bool is_active(const Round &round, int rank) {
     return rank == round.rank || load(&round.active[rank]) != 0;
 }
 
-// Starts the clock that await() measures this phase by. One thread.
-EP_DEVICE void begin_wait(const Round &round) {
-    round.routing.state->wait_began_ns = now_ns();
-}
+// Waits of one block; their deadline counts from its start.
+struct Wait {
+    const Round &round;
+    uint64_t began_ns;
 
-// Waits until `source` has published a word of this epoch. False if it is masked, or misses the
-// deadline, which masks it. The whole group gets the same answer.
-template <class Group>
-EP_DEVICE bool await(const Round &round, const uint64_t *word, uint64_t epoch, int source,
-                     uint64_t *value) {
-    constexpr uint32_t kLooksPerClock = 32;  // the clock costs more than a look
-    for (uint32_t attempt = 0;; ++attempt) {
-        *value = observe<Group>(word);
-        if (!Group::broadcast(int{is_active(round, source)})) return false;
-        if (Signal::is_of(*value, epoch)) return true;
-        if (attempt % kLooksPerClock == kLooksPerClock - 1 && Group::rank() == 0 &&
-            now_ns() - round.routing.state->wait_began_ns > round.timeout_ns)
-            store(&round.active[source], 0);
-        pause(attempt);
+    EP_DEVICE explicit Wait(const Round &r) : round(r), began_ns(now_ns()) {}
+
+    // Until `source` has published a word of this epoch. False if it is masked, or misses the
+    // deadline, which masks it. The whole group gets the same answer.
+    template <class Group>
+    EP_DEVICE bool until(const uint64_t *word, uint64_t epoch, int source, uint64_t *value) const {
+        constexpr uint32_t kLooksPerClock = 32;  // the clock costs more than a look
+        for (uint32_t attempt = 0;; ++attempt) {
+            *value = observe<Group>(word);
+            if (!Group::broadcast(int{is_active(round, source)})) return false;
+            if (Signal::is_of(*value, epoch)) return true;
+            if (attempt % kLooksPerClock == kLooksPerClock - 1 && Group::rank() == 0 &&
+                now_ns() - began_ns > round.timeout_ns)
+                store(&round.active[source], 0);
+            pause(attempt);
+        }
     }
-}
+};
 
 }  // namespace ep::EP_DEVICE_NAMESPACE

@@ -165,6 +165,17 @@ TEST(Cuda, GivesTheBitsOfTheCpuForManyShapes) {
     }
 }
 
+// Small, and on one rank, for compute-sanitizer, under which every access is slow.
+TEST(Cuda, PassesUnderASanitizer) {
+    NEEDS_GPU();
+    Problem p;
+    p.ranks = 1;
+    p.tokens_max = 8;
+    p.quant = MEP_QUANT_FP8;
+    p.weights = Weights::kAtCombine;
+    expect_same_bits(p);
+}
+
 TEST(Cuda, GivesTheBitsOfTheCpuAtDecodeAndPrefillSizes) {
     NEEDS_GPU();
     Problem p;
