@@ -25,19 +25,21 @@ EP_DEVICE int64_t topk_idx_at(const DispatchArgs &a, int i) {
                                  : static_cast<const int32_t *>(a.topk_idx)[i];
 }
 
-// The choice that topk_idx[i] stands for.
-EP_DEVICE int32_t choice_at(const DispatchArgs &a, int i) {
-    const int64_t expert = topk_idx_at(a, i);
+// The choice that `expert`, which is topk_idx[i], stands for.
+EP_DEVICE int32_t choice_of(const DispatchArgs &a, int64_t expert, int i) {
     if (expert < 0 || expert >= a.round.layout.shape.expert_count) {
         if (expert != Routing::kNoChoice)
             fetch_add(&a.round.state->invalid_expert_ids, uint64_t{1});
         return Routing::kNoChoice;
     }
+    bool repeats = false;
     for (int before = i - i % a.round.topk; before < i; ++before)
-        if (topk_idx_at(a, before) == expert) return Routing::repeat_of(static_cast<int>(expert));
-    return static_cast<int>(expert);
+        repeats |= topk_idx_at(a, before) == expert;  // no early end: the loads need not wait
+    return repeats ? Routing::repeat_of(static_cast<int>(expert)) : static_cast<int>(expert);
 }
 
+constexpr int kChoicesAtOnce =
+    kWarpSize == 1 ? 1 : 4;        // of a lane, loaded before the first is used
 constexpr int kTalliesAtOnce = 4;  // loaded before the first is added
 
 // The tallies of a block's warps, where they fit; else they are in the scratch of the arguments.
@@ -97,6 +99,16 @@ EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *ta
                     Signal::pack(epoch, r.token_count));
 }
 
+// Gives a warp's choices, one a lane, their numbers, in the order of the lanes.
+EP_DEVICE void number_choices(const Round &r, int32_t choice, int i, int32_t *tally) {
+    const Equals same = Warp::equals(choice);
+    const int32_t next = choice >= 0 ? tally[choice] : 0;
+    if (choice >= 0) r.routing.positions[i] = next + same.lower;
+    Warp::sync();
+    if (choice >= 0 && same.lower == 0) tally[choice] = next + same.total;
+    Warp::sync();
+}
+
 // One block. Also opens the round: everything after it reads the handle's epoch.
 EP_KERNEL dispatch_count(const DispatchArgs a) {
     EP_SHARED(SharedTally, shared_tally);
@@ -110,23 +122,35 @@ EP_KERNEL dispatch_count(const DispatchArgs a) {
     for (int e = Block::rank(); e < warps * experts; e += Block::size())
         tallies[e] = 0;
     Block::sync();
-    for (int i = share.begin + Warp::rank(); i < share.end; i += Warp::size()) {
-        const int32_t choice = choice_at(a, i);
-        r.routing.choices[i] = choice;
-        if (choice >= 0) fetch_add(&tally[choice], 1);
+    for (int first = share.begin + Warp::rank(); first < share.end;
+         first += kChoicesAtOnce * Warp::size()) {
+        int64_t experts_chosen[kChoicesAtOnce];
+        EP_UNROLL
+        for (int j = 0; j < kChoicesAtOnce; ++j) {
+            const int i = first + j * Warp::size();
+            experts_chosen[j] = i < share.end ? topk_idx_at(a, i) : Routing::kNoChoice;
+        }
+        for (int j = 0; j < kChoicesAtOnce; ++j) {
+            const int i = first + j * Warp::size();
+            if (i >= share.end) break;
+            const int32_t choice = choice_of(a, experts_chosen[j], i);
+            r.routing.choices[i] = choice;
+            if (choice >= 0) fetch_add(&tally[choice], 1);
+        }
     }
     Block::sync();
     publish_counts(a, r.routing.state->dispatch_epoch, tallies, warps);
     Block::sync();
-    for (int first = share.begin; first < share.end; first += Warp::size()) {
-        const int i = first + Warp::rank();
-        const int32_t choice = i < share.end ? r.routing.choices[i] : Routing::kNoChoice;
-        const Equals same = Warp::equals(choice);
-        const int32_t next = choice >= 0 ? tally[choice] : 0;
-        if (choice >= 0) r.routing.positions[i] = next + same.lower;
-        Warp::sync();
-        if (choice >= 0 && same.lower == 0) tally[choice] = next + same.total;
-        Warp::sync();
+    for (int first = share.begin; first < share.end; first += kChoicesAtOnce * Warp::size()) {
+        int32_t choices[kChoicesAtOnce];
+        EP_UNROLL
+        for (int j = 0; j < kChoicesAtOnce; ++j) {
+            const int i = first + j * Warp::size() + Warp::rank();
+            choices[j] = i < share.end ? r.routing.choices[i] : Routing::kNoChoice;
+        }
+        EP_UNROLL
+        for (int j = 0; j < kChoicesAtOnce; ++j)
+            number_choices(r, choices[j], first + j * Warp::size() + Warp::rank(), tally);
     }
 }
 
