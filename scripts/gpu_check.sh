@@ -33,11 +33,11 @@ step() {
     # The function, in a shell of its own that the deadline can end.
     if timeout -k 10 "$limit" bash -c "$(declare -p DIR SHAPES; declare -f "$1"); \"\$@\"" bash "$@" \
         >"$DIR/$name.log" 2>&1; then
-        table+=("$(printf '%-10s %4d s  ok' "$name" $((SECONDS - start)))")
+        table+=("$(printf '%-12s %4d s  ok' "$name" $((SECONDS - start)))")
     else
         failed=1
         tail -n 40 "$DIR/$name.log"
-        table+=("$(printf '%-10s %4d s  FAILED, see %s' "$name" $((SECONDS - start)) "$DIR/$name.log")")
+        table+=("$(printf '%-12s %4d s  FAILED, see %s' "$name" $((SECONDS - start)) "$DIR/$name.log")")
     fi
 }
 
@@ -51,6 +51,14 @@ build() {
 tests() {
     ctest --test-dir "$DIR/native" --output-on-failure -j "$(nproc)" -E '^gpu_test' &&
         "$DIR/native/tests/native/gpu_test" # alone: others would share its GPUs
+}
+
+# The Python package over the library just built, beside the sources.
+python_tests() {
+    rm -rf "$DIR/python" && mkdir -p "$DIR/python" && cp -r python/mooncake_ep "$DIR/python/" &&
+        python3 tools/gen_ffi.py include/mooncake_ep.h "$DIR/python/mooncake_ep" &&
+        cp -L "$DIR/native/libmooncake_ep.so" "$DIR/python/mooncake_ep/" &&
+        PYTHONPATH="$DIR/python${PYTHONPATH:+:$PYTHONPATH}" python3 -m pytest -q tests/python/gpu
 }
 
 # One rank: a tool that slows a kernel down a hundred times would make its peers miss their deadlines.
@@ -70,6 +78,11 @@ bench() {
 nvidia-smi -L || { echo "no NVIDIA GPU here"; exit 1; }
 step build 600 build
 step tests 600 tests
+if python3 -c 'import cffi, pytest, torch' 2>/dev/null; then
+    step python_tests 300 python_tests
+else
+    table+=("python_tests: skipped, python3 has not all of cffi, pytest and torch")
+fi
 if command -v compute-sanitizer >/dev/null; then
     step memcheck 200 sanitize memcheck
     step racecheck 200 sanitize racecheck
@@ -81,6 +94,7 @@ echo
 [ ! -f "$DIR/bench.log" ] || cat "$DIR/bench.log"
 echo
 grep -hE 'tests passed|PASSED|SKIPPED' "$DIR/tests.log"
+[ ! -f "$DIR/python_tests.log" ] || tail -n 1 "$DIR/python_tests.log"
 git log -1 --format='commit %h' 2>/dev/null
 printf '%s\n' "${table[@]}"
 exit $failed

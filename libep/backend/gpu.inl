@@ -90,15 +90,15 @@ class GpuWindow : public Window {
     GpuWindow &operator=(const GpuWindow &) = delete;
     ~GpuWindow() override { WindowTable::instance().remove(handle_.number); }
 
-    mep_status_t create(int device, size_t bytes, Sharing sharing) {
+    mep_status_t create(int device, EP_GPU(Stream_t) stream, size_t bytes, Sharing sharing) {
         // A handle names a whole block of the allocator; this way the window has one of its own.
         constexpr size_t kBlockBytes = size_t{2} << 20;
         const size_t rounded = (bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
         void *data = nullptr;
         EP_TRY_GPU(Malloc(&data, rounded));
         mapping_ = std::make_shared<OwnMapping>(static_cast<char *>(data), device);
-        EP_TRY_GPU(Memset(data, 0, rounded));
-        EP_TRY_GPU(DeviceSynchronize());
+        EP_TRY_GPU(MemsetAsync(data, 0, rounded, stream));
+        EP_TRY_GPU(StreamSynchronize(stream));
         const ProcessIdentity process = process_identity();
         handle_.bytes = bytes;
         handle_.process[0] = process.words[0];
@@ -127,6 +127,12 @@ class GpuWindow : public Window {
 class Gpu : public Device {
   public:
     explicit Gpu(int device) : device_(device), kernels_(gpu_kernels()) {}
+    Gpu(const Gpu &) = delete;
+    Gpu &operator=(const Gpu &) = delete;
+    ~Gpu() override {
+        const DeviceScope scope(device_);
+        if (stream_ != nullptr) EP_GPU(StreamDestroy)(stream_);
+    }
 
     mep_status_t start() {
         EP_GPU(DeviceProp) properties;
@@ -136,6 +142,7 @@ class Gpu : public Device {
         std::memcpy(&uuid_, &properties.uuid, sizeof uuid_);
         const DeviceScope scope(device_);
         EP_TRY(scope.status());
+        EP_TRY_GPU(StreamCreateWithFlags(&stream_, EP_GPU(StreamNonBlocking)));
         return gpu_status(static_cast<GpuError>(load_gpu_kernels()), "loading the kernels");
     }
 
@@ -149,18 +156,20 @@ class Gpu : public Device {
         void *data = nullptr;
         EP_TRY_GPU(Malloc(&data, bytes == 0 ? 1 : bytes));
         *memory = DeviceMemory(data, free_device);
-        EP_TRY_GPU(Memset(data, 0, bytes));
-        return gpu_status(EP_GPU(DeviceSynchronize)(), "clearing memory");
+        EP_TRY_GPU(MemsetAsync(data, 0, bytes, stream_));
+        return gpu_status(EP_GPU(StreamSynchronize)(stream_), "clearing memory");
     }
     mep_status_t write(void *device, const void *host, size_t bytes) override {
         const DeviceScope scope(device_);
         EP_TRY(scope.status());
-        return gpu_status(EP_GPU(Memcpy)(device, host, bytes, EP_GPU(MemcpyHostToDevice)),
-                          "copying to the device");
+        EP_TRY_GPU(MemcpyAsync(device, host, bytes, EP_GPU(MemcpyHostToDevice), stream_));
+        return gpu_status(EP_GPU(StreamSynchronize)(stream_), "copying to the device");
     }
+    // After all that was queued on any stream of the device.
     mep_status_t read(void *host, const void *device, size_t bytes) override {
         const DeviceScope scope(device_);
         EP_TRY(scope.status());
+        EP_TRY_GPU(DeviceSynchronize());
         return gpu_status(EP_GPU(Memcpy)(host, device, bytes, EP_GPU(MemcpyDeviceToHost)),
                           "copying from the device");
     }
@@ -170,7 +179,7 @@ class Gpu : public Device {
         const DeviceScope scope(device_);
         EP_TRY(scope.status());
         auto created = std::make_unique<GpuWindow>();
-        EP_TRY(created->create(device_, bytes, sharing));
+        EP_TRY(created->create(device_, stream_, bytes, sharing));
         *window = std::move(created);
         return MEP_OK;
     }
@@ -224,6 +233,8 @@ class Gpu : public Device {
 
     const int device_;
     const Kernels kernels_;
+    // For set-up: it waits for nothing else, as another rank's kernel may be waiting for this rank.
+    EP_GPU(Stream_t) stream_ = nullptr;
     DeviceUuid uuid_{};
     int block_count_ = 1;
 };

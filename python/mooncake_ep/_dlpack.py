@@ -3,16 +3,19 @@
 Three ways, the fastest first, chosen once per type:
   1. DLPack's C exchange API (torch): one call fills the struct. Only through ctypes.PYFUNCTYPE: the
      function runs Python code, and cffi would release the GIL around it.
-  2. NumPy's array interface: NumPy cannot export bfloat16 or float8 by DLPack, but names them.
+  2. The attributes of NumPy and CuPy arrays: NumPy cannot export bfloat16 or float8 by DLPack, but
+     names them.
   3. __dlpack__(). The capsule is never renamed to "used_dltensor", so the tensor is never ours: the
      capsule's own destructor gives it back.
+
+The first two leave the order of streams to the caller. The third tells the producer our stream, and
+the producer makes that wait for the array.
 """
 
 from __future__ import annotations
 
 import ctypes
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ._ffi import ffi
@@ -31,6 +34,8 @@ TYPE_NAMES: dict[tuple[int, int], str] = {
 _TYPE_CODES = {name: code_bits for code_bits, name in TYPE_NAMES.items()}
 _KIND_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
 CPU = 1  # Slot.words[1] of host memory: device_type | device_id << 32
+GPU = 2  # device_type of CUDA, and of MetaX
+LEGACY_STREAM = 1  # a GPU's legacy default stream, as DLPack calls it
 _DIMENSION_COUNT_MAX = 8  # of a NumPy array that we describe; the library takes at most 3
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 _EXCHANGE_API_MAJOR = 1
@@ -131,52 +136,42 @@ def dtype_key(name: str) -> int:
 
 
 # Fills a slot from an array and returns what must live as long as the slot's content is used.
-# The last argument says whether the library will write to the array.
-_Borrower = Callable[[Any, Slot, bool], object]
+# The last two arguments: whether the library will write to the array, and on which stream (as in
+# borrow()).
+_Borrower = Callable[[Any, Slot, bool, int | None], object]
 _borrowers: dict[type, _Borrower] = {}
 # Those of types with the exchange API, which take (array, Slot.address): one call less.
 _fillers: dict[type, Callable[[Any, int], int]] = {}
 
 
-def borrow(name: str, array: object, slot: Slot, writable: bool = False) -> object:
+def borrow(
+    name: str, array: object, slot: Slot, writable: bool = False, stream: int | None = None
+) -> object:
     """Point ``slot`` at an array; ``writable``: the library will write to it.
 
-    The array and the returned object must be kept for as long as the slot is used. TypeError if it
-    is no array, ValueError if its memory cannot be borrowed or is read-only; both name it.
+    ``stream``: the native stream that it will work on, None on the CPU. The array and the returned
+    object must be kept for as long as the slot is used. TypeError if it is no array, ValueError if
+    its memory cannot be borrowed or is read-only; both name it.
     """
     fill = _fillers.get(type(array))
     try:
         if fill is not None:
             return fill(array, slot.address)
         borrower = _borrowers.get(type(array)) or _find_borrower(name, type(array))
-        return borrower(array, slot, writable)
+        return borrower(array, slot, writable, stream)
     except (BufferError, RuntimeError, ValueError) as error:  # torch adds a C++ trace
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{name}: {reason}") from error
 
 
-def _find_borrower(name: str, array_type: type) -> _Borrower:
-    numpy = sys.modules.get("numpy")
-    fill = _exchange_function(array_type)
-    borrower: _Borrower
-    if fill is not None:
-        _fillers[array_type] = fill
-
-        def borrower(array: object, slot: Slot, _writable: bool) -> object:
-            return fill(array, slot.address)
-
-    elif numpy is not None and issubclass(array_type, numpy.ndarray):
-        borrower = _borrow_numpy
-    elif hasattr(array_type, "__dlpack__"):
-        is_jax = array_type.__module__.partition(".")[0] in ("jax", "jaxlib")
-        borrower = _borrow_jax if is_jax else _borrow_capsule
-    else:
-        raise TypeError(f"{name} is a {array_type.__name__}, not an array: it has no __dlpack__")
-    _borrowers[array_type] = borrower
-    return borrower
+def root_modules(array_type: type) -> Iterator[str]:
+    """Name the packages that a type and its bases come from, e.g. "torch"."""
+    for base in array_type.__mro__:
+        yield base.__module__.partition(".")[0]
 
 
-def _exchange_function(array_type: type) -> Callable[[Any, int], int] | None:
+def exchange_api(array_type: type) -> Any:
+    """Return the C exchange API of a type as a struct, or None."""
     capsule = getattr(array_type, "__dlpack_c_exchange_api__", None)
     if capsule is None or not _is_valid(capsule, b"dlpack_exchange_api"):
         return None
@@ -184,16 +179,49 @@ def _exchange_function(array_type: type) -> Callable[[Any, int], int] | None:
     table = ctypes.cast(pointer, ctypes.POINTER(_ExchangeApi))
     while table and table.contents.major > _EXCHANGE_API_MAJOR:
         table = table.contents.previous
-    if not table or not table.contents.tensor_from_py_object:
-        return None
-    return _FromPyObject(table.contents.tensor_from_py_object)
+    return table.contents if table else None
 
 
-def _borrow_numpy(array: Any, slot: Slot, writable: bool) -> object:
+def _find_borrower(name: str, array_type: type) -> _Borrower:
+    api = exchange_api(array_type)
+    roots = set(root_modules(array_type))
+    borrower: _Borrower
+    if api is not None and api.tensor_from_py_object:
+        fill = _fillers[array_type] = _FromPyObject(api.tensor_from_py_object)
+
+        def borrower(array: object, slot: Slot, _writable: bool, _stream: int | None) -> object:
+            return fill(array, slot.address)
+
+    elif not hasattr(array_type, "__dlpack__"):
+        raise TypeError(f"{name} is a {array_type.__name__}, not an array: it has no __dlpack__")
+    elif "numpy" in roots:
+        borrower = _borrow_numpy
+    elif "cupy" in roots:
+        borrower = _borrow_cupy
+    else:
+        borrower = _borrow_jax if roots & {"jax", "jaxlib"} else _borrow_capsule
+    _borrowers[array_type] = borrower
+    return borrower
+
+
+def _borrow_numpy(array: Any, slot: Slot, writable: bool, _stream: int | None) -> object:
     interface = array.__array_interface__
     address, read_only = interface["data"]
     if writable and read_only:
         raise ValueError("the array is read-only")
+    _describe(array, slot, CPU)
+    slot.words[0] = address
+    return interface
+
+
+def _borrow_cupy(array: Any, slot: Slot, _writable: bool, _stream: int | None) -> object:
+    _describe(array, slot, GPU | array.device.id << 32)
+    slot.words[0] = array.data.ptr
+    return array
+
+
+def _describe(array: Any, slot: Slot, device: int) -> None:
+    """Fill all but the data pointer from an array with NumPy's attributes."""
     dtype = array.dtype
     if not dtype.isnative:
         raise ValueError(f"dtype {dtype} is not in this machine's byte order")
@@ -209,22 +237,24 @@ def _borrow_numpy(array: Any, slot: Slot, writable: bool) -> object:
     strides = tuple(stride // size for stride in array.strides)
     if not array.size:  # NumPy sets all strides of an empty array to 0, which is not row-major
         strides = strides_of(array.shape)
-    slot.describe(code | bits << 8 | 1 << 16, array.shape, strides)
-    slot.words[0] = address
-    return interface
+    slot.describe(code | bits << 8 | 1 << 16, array.shape, strides, device)
 
 
-def _borrow_jax(array: Any, slot: Slot, writable: bool) -> object:
+def _borrow_jax(array: Any, slot: Slot, writable: bool, stream: int | None) -> object:
     if writable:
         raise ValueError("JAX arrays are immutable")
-    return _borrow_capsule(array.block_until_ready(), slot, writable)
+    return _borrow_capsule(array.block_until_ready(), slot, writable, stream)
 
 
-def _borrow_capsule(array: Any, slot: Slot, writable: bool) -> object:
+def _borrow_capsule(array: Any, slot: Slot, writable: bool, stream: int | None) -> object:
+    options: dict[str, int] = {}
+    # Host memory has no streams; the library then says that it cannot be used.
+    if stream is not None and array.__dlpack_device__()[0] != CPU:
+        options["stream"] = stream or LEGACY_STREAM
     try:
-        capsule = array.__dlpack__(max_version=(1, 1))
+        capsule = array.__dlpack__(max_version=(1, 1), **options)
     except TypeError:  # a producer from before DLPack 1.0
-        capsule = array.__dlpack__()
+        capsule = array.__dlpack__(**options)
     if _is_valid(capsule, b"dltensor_versioned"):
         address = _get_pointer(capsule, b"dltensor_versioned")
         header = _VersionedHeader.from_address(address)

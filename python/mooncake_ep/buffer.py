@@ -19,6 +19,7 @@ from ._arrays import OUTPUTS, Allocator, Framework, OutputPlan, framework_of
 from ._dlpack import Slot, borrow, dtype_key
 from ._ffi import ffi
 from ._lib import EpError, check, failure, lib, struct, timeout_us
+from ._streams import StreamFinder, stream_finder
 from .group import Group
 
 _QUANTS = {None: lib.MEP_QUANT_NONE, "fp8": lib.MEP_QUANT_FP8, "fp8_pow2": lib.MEP_QUANT_FP8_POW2}
@@ -146,17 +147,23 @@ class _Pending:
             message = "a round was sent and never received"
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
-    def _receive(self) -> Any:
+    def _receive(self, stream: int | None) -> Any:
         call, handle = self._call, self._handle
         if call is None:
             raise EpError("the round was received already")
+        buffer, waits = handle._buffer, False
+        if buffer._on_gpu or stream is not None:
+            stream, waits = buffer._stream(stream_finder(self._arrays[0]), stream)
+            call.args.stream = ffi.cast("void *", stream)
         call.args.phases = _RECEIVE
-        status = call.function(handle._buffer._open(), handle._c, call.args)
+        status = call.function(buffer._open(), handle._c, call.args)
         if status not in (0, _PEER_FAILED):
             raise failure(status)
         self._call = None
         handle._in_flight -= 1
         call.free.append(call)
+        if waits:
+            buffer.counters()
         result, self._result, self._arrays = self._result, None, ()
         return _received(result, self._finish, status)
 
@@ -166,12 +173,15 @@ class PendingDispatch(_Pending):
 
     __slots__ = ()
 
-    def receive(self) -> Dispatched:
+    def receive(self, stream: int | None = None) -> Dispatched:
         """Wait for the tokens and pack them. Once; from any thread, but see Group about threads.
 
-        Errors: EpError (received already, buffer closed), PeerFailedError.
+        ``stream`` as for Buffer.dispatch(), and like it by default the current one of this thread.
+        If the round was sent on another stream, let this one wait for that first (an event, or
+        torch's wait_stream()), and keep the inputs until it is done. Errors: EpError (received
+        already, buffer closed), PeerFailedError.
         """
-        result: Dispatched = self._receive()
+        result: Dispatched = self._receive(stream)
         return result
 
 
@@ -180,9 +190,9 @@ class PendingCombine(_Pending):
 
     __slots__ = ()
 
-    def receive(self) -> Any:
-        """Wait for the experts' outputs and return the sums, [T, H]. Once, as PendingDispatch."""
-        return self._receive()
+    def receive(self, stream: int | None = None) -> Any:
+        """Wait for the experts' outputs and return the sums, [T, H]. As for PendingDispatch."""
+        return self._receive(stream)
 
 
 class Buffer:
@@ -249,6 +259,7 @@ class Buffer:
         info = struct("mep_buffer_info_t")
         check(lib.mep_buffer_query(self._c, info))
         self.group = group
+        self._on_gpu = group.backend != "cpu"
         self.max_tokens: int = info.token_count_max
         self.hidden: int = info.hidden
         self.experts: int = info.expert_count
@@ -293,7 +304,6 @@ class Buffer:
         active_ranks: Any = None,
         timeout_s: float | None = None,
         stream: int | None = None,
-        async_: bool = False,
         send_only: Literal[False] = False,
     ) -> Dispatched: ...
 
@@ -311,7 +321,6 @@ class Buffer:
         active_ranks: Any = None,
         timeout_s: float | None = None,
         stream: int | None = None,
-        async_: bool = False,
         send_only: Literal[True],
     ) -> PendingDispatch: ...
 
@@ -328,13 +337,17 @@ class Buffer:
         active_ranks: Any = None,
         timeout_s: float | None = None,
         stream: int | None = None,
-        async_: bool = False,
         send_only: bool = False,
     ) -> Dispatched | PendingDispatch:
         """Send every token to the ranks of its experts, and pack what arrives.
 
-        Collective, blocking. The type of x, quant and K must be the same on all ranks. Torch
-        tensors that require grad may be inputs; no gradient flows through.
+        Collective. The type of x, quant and K must be the same on all ranks. Torch tensors that
+        require grad may be inputs; no gradient flows through.
+
+        On the CPU the call blocks. On a GPU the work is queued on ``stream``, and the call returns
+        at once: arrays are ordered as in any other operation on that stream. All calls of a buffer
+        have to be in the order of one stream, or of streams that wait for each other. Calls with
+        ``out`` and ``handle`` may be captured in a CUDA graph; keep both as long as the graph.
 
         Args:
             x: [T, H] bfloat16, float16 or float32, T up to max_tokens (also 0; ranks may differ);
@@ -347,21 +360,29 @@ class Buffer:
             scale_layout: of scales that are allocated here, in logical order [L, R*M, H/128]:
                 "column" has stride 1 along the rows, "row" along the channels.
             out: arrays to fill, e.g. an earlier result; it is returned, with a new handle. None:
-                new arrays of the framework of x. (JAX: layout_range stays NumPy unless
-                jax_enable_x64 is on; out takes no JAX arrays, because they are immutable.)
+                new arrays of the framework of x, on its device. (CuPy has no float8_e4m3fn: x is
+                then uint8. JAX: layout_range stays NumPy, and on a GPU is None, unless
+                jax_enable_x64 is on; scales on a GPU are by "row"; out takes no JAX arrays, because
+                they are immutable.)
             handle: one to overwrite; None: another than all that are still referred to.
             active_ranks: int32 [R or more], 1 = take part; a rank that misses the deadline becomes
                 0. None: a mask that the buffer keeps.
             timeout_s: limit in seconds for this call; None: the group's.
-            stream: native stream of a GPU; None: its default. None on the CPU.
-            async_: leave the work to the stream; without effect on the CPU.
+            stream: native stream of a GPU as an integer, 0 for the legacy default stream; None:
+                the current one of the framework of x, if that is torch or CuPy. With another than
+                the current one, it is the caller who lets it wait for the inputs, keeps all arrays
+                until it is done (torch: record_stream()), and lets readers wait for it. Of other
+                frameworks, such as JAX, nobody can tell the stream: with None the call works on the
+                legacy default stream, waits for the inputs, and returns when its work is done.
+                None on the CPU.
             send_only: send and do not wait; the result is to be received later.
 
         Raises:
             TypeError: an argument is no array.
             ValueError: an argument breaks a rule of mooncake_ep.h; names it.
             EpError: too many rounds in flight, group or buffer closed.
-            PeerFailedError: a rank missed the deadline (only without active_ranks).
+            PeerFailedError: a rank missed the deadline (only without active_ranks, and on the CPU:
+                on a GPU the call has returned by then, and active_ranks is how to know).
         """
         c_buffer = self._open()
         call = self._dispatch_calls.pop() if self._dispatch_calls else _DispatchCall(self)
@@ -369,13 +390,17 @@ class Buffer:
         x_scales = None
         if type(x) is tuple:
             x, x_scales = x
+        waits = False
+        if self._on_gpu or stream is not None:
+            stream, waits = self._stream(stream_finder(x), stream)
         inputs: tuple[object, ...] = (
-            borrow("x", x, call.x),
-            borrow("topk_idx", topk_idx, call.topk_idx),
-            x_scales is None or borrow("x_scales", x_scales, call.x_scales),
-            topk_weights is None or borrow("topk_weights", topk_weights, call.topk_weights),
+            borrow("x", x, call.x, False, stream),
+            borrow("topk_idx", topk_idx, call.topk_idx, False, stream),
+            x_scales is None or borrow("x_scales", x_scales, call.x_scales, False, stream),
+            topk_weights is None
+            or borrow("topk_weights", topk_weights, call.topk_weights, False, stream),
             active_ranks is None
-            or borrow("active_ranks", active_ranks, call.active_ranks, writable=True),
+            or borrow("active_ranks", active_ranks, call.active_ranks, True, stream),
         )
         args.x_scales = _NULL if x_scales is None else call.x_scales.tensor
         args.topk_weights = _NULL if topk_weights is None else call.topk_weights.tensor
@@ -392,16 +417,18 @@ class Buffer:
             out = call.allocate_outputs(plan)
             finish = plan.finish and partial(_finish_dispatched, plan.finish)
         else:
-            inputs += call.borrow_outputs(out)
+            inputs += call.borrow_outputs(out, stream)
         status = _c_dispatch(c_buffer, handle._c, args)
         if status not in (0, _PEER_FAILED):
             raise failure(status)
         out.handle = handle
         handle._token_count = call.x.tensor.shape[0]
         if send_only:
-            arrays = (inputs, x, x_scales, topk_idx, topk_weights, active_ranks)
+            arrays = (x, inputs, x_scales, topk_idx, topk_weights, active_ranks)
             return _sent(PendingDispatch(call, handle, arrays, out, finish), status)
         self._dispatch_calls.append(call)
+        if waits:
+            self.counters()
         received: Dispatched = _received(out, finish, status)
         return received
 
@@ -415,14 +442,13 @@ class Buffer:
         active_ranks: Any = None,
         timeout_s: float | None = None,
         stream: int | None = None,
-        async_: bool = False,
         send_only: bool = False,
     ) -> Any:
         """Send the experts' outputs back and return their weighted sums, [T, H].
 
-        Collective, blocking. The same inputs always give the same bits. With ``send_only`` it
-        returns a PendingCombine. The arguments that are not named here, and the errors, are those
-        of dispatch().
+        Collective; on a GPU as dispatch() is. The same inputs always give the same bits, on every
+        device. With ``send_only`` it returns a PendingCombine. The arguments that are not named
+        here, and the errors, are those of dispatch().
 
         Args:
             x: [L, R*M, H] bfloat16, float16 or float32, the experts' outputs in the rows that
@@ -434,18 +460,21 @@ class Buffer:
             active_ranks: as for dispatch(); what a masked rank would contribute is left out.
             timeout_s: as for dispatch().
             stream: as for dispatch().
-            async_: as for dispatch().
             send_only: send and do not wait; the result is a PendingCombine.
         """
         c_buffer = self._open()
         handle = self._check_handle(handle)
         call = self._combine_calls.pop() if self._combine_calls else _CombineCall(self)
         args = call.args
+        waits = False
+        if self._on_gpu or stream is not None:
+            stream, waits = self._stream(stream_finder(x), stream)
         inputs: tuple[object, ...] = (
-            borrow("x", x, call.x),
-            topk_weights is None or borrow("topk_weights", topk_weights, call.topk_weights),
+            borrow("x", x, call.x, False, stream),
+            topk_weights is None
+            or borrow("topk_weights", topk_weights, call.topk_weights, False, stream),
             active_ranks is None
-            or borrow("active_ranks", active_ranks, call.active_ranks, writable=True),
+            or borrow("active_ranks", active_ranks, call.active_ranks, True, stream),
         )
         args.topk_weights = _NULL if topk_weights is None else call.topk_weights.tensor
         args.active_ranks = _NULL if active_ranks is None else call.active_ranks.tensor
@@ -454,14 +483,16 @@ class Buffer:
         if out is None:
             out, finish = self._new_sums(call, x, handle._token_count)
         else:
-            inputs += (borrow("out", out, call.out, writable=True),)
+            inputs += (borrow("out", out, call.out, True, stream),)
         status = _c_combine(c_buffer, handle._c, args)
         if status not in (0, _PEER_FAILED):
             raise failure(status)
         if send_only:
-            arrays = (inputs, x, topk_weights, active_ranks)
+            arrays = (x, inputs, topk_weights, active_ranks)
             return _sent(PendingCombine(call, handle, arrays, out, finish), status)
         self._combine_calls.append(call)
+        if waits:
+            self.counters()
         return _received(out, finish, status)
 
     def counters(self) -> BufferCounters:
@@ -502,11 +533,20 @@ class Buffer:
         self, args: Any, timeout_s: float | None, stream: int | None, send_only: bool
     ) -> None:
         """Set what the arguments of dispatch and combine have in common."""
-        if stream is not None and self.group.backend == "cpu":
-            raise ValueError(f"stream {stream} was given, but the CPU has no streams")
         args.timeout_us = 0 if timeout_s is None else timeout_us(timeout_s)
         args.stream = _NULL if stream is None else ffi.cast("void *", stream)
         args.phases = _SEND if send_only else 0
+
+    def _stream(self, finder: StreamFinder | None, stream: int | None) -> tuple[int, bool]:
+        """Choose the stream of a call, and whether the host has to wait for its work.
+
+        It has to where nobody can tell the caller's stream, so that nobody can order the two.
+        """
+        if not self._on_gpu:
+            raise ValueError(f"stream {stream} was given, but the CPU has no streams")
+        if stream is not None:
+            return stream, False
+        return (0, True) if finder is None else (finder(self.group.device_id), False)
 
     def _check_handle(self, handle: Any) -> Handle:
         """Return the handle itself, or that of a Dispatched, if it is one of this buffer."""
@@ -534,7 +574,7 @@ class Buffer:
         if quant is not None:
             dtype = _FLOAT8
         plan = OutputPlan(
-            framework_of(x),
+            framework_of(x, device),
             (self.local_experts, self.group.rank_count, self.max_tokens, self.hidden),
             (dtype, device),
             scale_layout if has_scales else None,
@@ -549,8 +589,10 @@ class Buffer:
         key = (type(x), call.x.dtype, call.x.words[1])
         known = self._allocators.get(key)
         if known is None:
-            framework = framework_of(x)
-            known = self._allocators[key] = (framework, framework.allocator(*key[1:]))
+            framework = framework_of(x, key[2])
+            allocate = framework.allocator(key[1])
+            assert allocate is not None  # only of int64 there may be none
+            known = self._allocators[key] = (framework, allocate)
         framework, allocate = known
         shape, strides = (token_count, self.hidden), (self.hidden, 1)
         sums = allocate(shape, strides)
@@ -589,11 +631,12 @@ class _DispatchCall:
         args, outputs = self.args, self.outputs
         x, count, src_info, layout_range, scales = plan.allocate(outputs)
         args.out_x, args.out_count = outputs[0].tensor, outputs[1].tensor
-        args.out_src_info, args.out_layout_range = outputs[2].tensor, outputs[3].tensor
+        args.out_src_info = outputs[2].tensor
+        args.out_layout_range = _NULL if layout_range is None else outputs[3].tensor
         args.out_scales = _NULL if scales is None else outputs[4].tensor
         return Dispatched(x, scales, count, src_info, layout_range)
 
-    def borrow_outputs(self, out: Dispatched) -> tuple[object, ...]:
+    def borrow_outputs(self, out: Dispatched, stream: int | None) -> tuple[object, ...]:
         """Point the output structs at the caller's arrays."""
         if type(out) is not Dispatched:
             raise TypeError(f"out is a {type(out).__name__}, not a Dispatched")
@@ -604,12 +647,12 @@ class _DispatchCall:
         args.out_layout_range = _NULL if out.layout_range is None else layout_range.tensor
         args.out_scales = _NULL if out.scales is None else scales.tensor
         return arrays, (
-            borrow("out.x", out.x, x, writable=True),
-            borrow("out.count", out.count, count, writable=True),
-            out.src_info is None or borrow("out.src_info", out.src_info, src_info, writable=True),
+            borrow("out.x", out.x, x, True, stream),
+            borrow("out.count", out.count, count, True, stream),
+            out.src_info is None or borrow("out.src_info", out.src_info, src_info, True, stream),
             out.layout_range is None
-            or borrow("out.layout_range", out.layout_range, layout_range, writable=True),
-            out.scales is None or borrow("out.scales", out.scales, scales, writable=True),
+            or borrow("out.layout_range", out.layout_range, layout_range, True, stream),
+            out.scales is None or borrow("out.scales", out.scales, scales, True, stream),
         )
 
 

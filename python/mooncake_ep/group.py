@@ -23,7 +23,7 @@ _BARRIER = b"\0"
 class Transport:
     """How a rank reaches a peer.
 
-    kind: MEP_TRANSPORT_*; name: "self", "thread" or "shm"; reason: why this one, and why not
+    kind: MEP_TRANSPORT_*; name: "self", "thread", "shm" or "ipc"; reason: why this one, and why not
     something faster.
     """
 

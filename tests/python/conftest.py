@@ -17,6 +17,9 @@ import pytest
 
 from ranks import Runner, run_processes, run_threads
 
+# On a GPU, JAX would take most of the memory for itself.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 _SETTLE_S = 5.0  # for what ends a moment after its owner
 
 hypothesis.settings.register_profile(

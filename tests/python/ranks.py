@@ -38,13 +38,16 @@ class Rank:
     world: ep.World | None = None
     unique_id: bytes | None = None
 
-    def join(self, timeout_s: float = TIMEOUT_S) -> ep.Group:
+    def join(
+        self, timeout_s: float = TIMEOUT_S, *, backend: str = "cpu", device_id: int = 0
+    ) -> ep.Group:
         """Join the group of all ranks of this run."""
+        options: Any = {"backend": backend, "device_id": device_id, "timeout_s": timeout_s}
         if self.world is not None:
-            return ep.Group.from_world(self.world, rank=self.rank, timeout_s=timeout_s)
+            return ep.Group.from_world(self.world, rank=self.rank, **options)
         assert self.unique_id is not None
         return ep.Group.from_unique_id(
-            self.unique_id, rank=self.rank, rank_count=self.rank_count, timeout_s=timeout_s
+            self.unique_id, rank=self.rank, rank_count=self.rank_count, **options
         )
 
 

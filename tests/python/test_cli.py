@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mooncake_ep import backend_info
 from mooncake_ep.cli import spawn
 from mooncake_ep.cli.errors import RankFailedError, UserError
 
@@ -160,13 +161,14 @@ def test_smoke_names_a_wrong_element(payload: str) -> None:
     from mooncake_ep import Group
     from mooncake_ep.cli import smoke_rank
     from mooncake_ep.cli.arrays import random_tokens
+    from mooncake_ep.cli.devices import Host
     from mooncake_ep.cli.sizes import Sizes, make_buffer
 
     sizes = Sizes(rank_count=1, tokens=8, hidden=128, experts=4, topk=2, payload=payload, seed=1)
     tokens = random_tokens(sizes, 8, rank=0, round_number=0)
     checked = smoke_rank._Round(sizes, [tokens], rank=0, number=0)
     with Group.single() as group, make_buffer(group, sizes, threads=1) as buffer:
-        dispatched, out = checked.run(buffer, weights="dispatch")
+        dispatched, out = checked.run(buffer, Host(), weights="dispatch")
     assert checked.check_dispatched(dispatched) + checked.check_combined(out) == []
     expert = int(np.argmax(dispatched.count))
     dispatched.x.view(np.uint8)[expert, 0, 5] ^= 0x40
@@ -299,6 +301,14 @@ def test_bench_json_without_a_file_is_all_that_is_printed() -> None:
 )
 def test_wrong_values_are_refused_in_one_line(arguments: tuple[str, ...], words: str) -> None:
     assert words in refuse(*arguments)
+
+
+@needs_numpy
+@pytest.mark.parametrize("command", ["smoke", "bench"])
+def test_a_device_that_is_not_here_is_refused_in_one_line(command: str) -> None:
+    if backend_info("cuda").available:
+        pytest.skip("there is a GPU")
+    assert "--device cuda" in refuse(command, *_SMALL, "--world-size", "2", "--device", "cuda")
 
 
 @pytest.mark.parametrize("arguments", [(), ("nothing",), ("smoke", "--tokens", "0")])

@@ -18,6 +18,9 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 PAYLOADS = {BF16: "bf16", np.dtype("f2"): "fp16", np.dtype("f4"): "fp32"}
 # Of a round trip, relative L2 against float64: rounding of rows, of partial sums and of the sum.
 ERROR_MAX = {BF16: 4e-3, np.dtype("f2"): 1e-3, np.dtype("f4"): 1e-6}
+# A round may be so small that a value gets the worst of its three roundings (all terms are of one
+# sign, so nothing cancels): of the expert's row, of the partial sum, and of the sum of those.
+ERROR_BOUND = {**ERROR_MAX, BF16: (1 + 2.0**-9) ** 3 - 1}
 
 
 def make_round(
@@ -246,4 +249,4 @@ def test_any_round_is_as_the_model_says(drawn: tuple[Any, ...]) -> None:
             threads=threads,
         )
 
-    assert max(run_threads(body, ranks)) <= ERROR_MAX[dtype]
+    assert max(run_threads(body, ranks)) <= ERROR_BOUND[dtype]

@@ -10,19 +10,22 @@ from typing import Any
 
 from . import info
 from .errors import UserError
-from .sizes import Sizes, add_size_arguments, count, sizes_from
+from .sizes import Sizes, add_device_argument, add_size_arguments, count, sizes_from
 from .spawn import launch_from, run_ranks
 
 _OURS = "mooncake_ep"
+_EAGER = "eager"
 _BASELINES = ("plain_copy", "gloo")
 _OPERATIONS = ("dispatch", "combine", "dispatch+combine")
 # What Mooncake's own benchmark counts for the header of a message.
 _HEADER_BYTES = 32
+_ROUNDS = {"cpu": 20, "cuda": 200}
 _EXAMPLES = """\
 examples:
   mooncake-ep bench --world-size 2 --tokens 2048 --hidden 7168 --experts 16 --topk 2
   mooncake-ep bench --payload fp8 --rounds 100 --no-baselines
   mooncake-ep bench --json result.json
+  mooncake-ep bench --device cuda --tokens 128 --experts 256 --topk 8
 
 A time is that of the slowest rank, from a common start until its outputs are complete; each round
 starts with a barrier. bw counts what Mooncake's benchmark counts, for each rank: T*K*(2H+32) bytes
@@ -32,6 +35,12 @@ the rank. link counts one row for each token and other rank it went to, on avera
 plain_copy moves the same messages and rows by memcpy, all offsets known; gloo does the same job
 with torch.distributed. Ratios are of median times, baseline / ours: more than 1 means that this
 library is faster. The baselines use one thread per rank.
+
+With --device cuda times are from CUDA events between rounds that follow each other without a
+barrier, each that of its slowest rank: once in a CUDA graph of several rounds, replayed --rounds
+times (a time is that of a replay divided by the rounds in it), and once as single calls ("eager").
+There are no baselines; peer_copy is the speed of a large copy from one GPU to the next in the same
+run, and its percentage that of link_bw.
 """
 
 
@@ -46,8 +55,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_size_arguments(parser, world_size=2, tokens=2048, hidden=7168, experts=16, topk=2)
+    add_device_argument(parser)
     parser.add_argument(
-        "--rounds", type=count, default=20, metavar="N", help="timed rounds (default: %(default)s)"
+        "--rounds",
+        type=count,
+        metavar="N",
+        help="timed rounds (default: {cpu}; with --device cuda: {cuda})".format(**_ROUNDS),
     )
     parser.add_argument(
         "--warmup",
@@ -61,7 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=int,
         default=1,
         metavar="N",
-        help="threads of each rank, 0 for the library's choice; the baselines have 1 "
+        help="threads of each rank on the CPU, 0 for the library's choice; the baselines have 1 "
         "(default: %(default)s)",
     )
     parser.add_argument("--no-baselines", action="store_true", help="time only this library")
@@ -82,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.json) if arguments.json not in (None, "-") else None
     if path is not None and not path.resolve().parent.is_dir():
         raise UserError(f"--json {path}: there is no folder {path.resolve().parent}")
+    arguments.rounds = arguments.rounds or _ROUNDS[launch.device]
     options = {
         "sizes": sizes.as_options(),
         "rounds": arguments.rounds,
@@ -89,7 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
         "threads": arguments.threads,
         "baselines": not arguments.no_baselines,
     }
-    results = run_ranks("mooncake_ep.cli.bench_rank:run", options, launch)
+    module = "bench_rank" if launch.device == "cpu" else "bench_gpu_rank"
+    results = run_ranks(f"mooncake_ep.cli.{module}:run", options, launch)
     if not launch.reports:
         return 0
     report = _report(sizes, arguments, results)
@@ -117,7 +132,7 @@ def _report(
             "hidden": sizes.hidden,
             "experts": sizes.experts,
             "topk": sizes.topk,
-            "backend": "cpu",
+            "backend": arguments.device,
             "payload": sizes.payload,
             "seed": sizes.seed,
             "rounds": arguments.rounds,
@@ -128,12 +143,12 @@ def _report(
             "fallback": False,
             "ibgda_disabled": True,
             "fast": True,
-            "transport": results[0]["transport"],
-            "threads": results[0]["threads"],
-            "window_bytes": results[0]["window_bytes"],
+            **results[0]["mode"],
         },
         "machine": info.machine(),
+        **results[0].get("report", {}),
     }
+    peer_copy_gb_s = report.get("peer_copy_gb_s")
     for operation in _OPERATIONS:
         parts = operation.split("+")
         byte_count = (
@@ -141,6 +156,11 @@ def _report(
         )
         link_bytes = round(link_rows * sum(row_bytes[part] for part in parts))
         ours = _statistics(_slowest(results, _OURS, operation), byte_count, link_bytes)
+        if _EAGER in names:
+            eager = _slowest(results, _EAGER, operation)
+            ours[_EAGER] = _statistics(eager, byte_count, link_bytes)
+        if peer_copy_gb_s:
+            ours["peer_copy_percent"] = 100 * ours["link_gb_s"] / peer_copy_gb_s
         for name in _BASELINES:
             if operation in names.get(name, {}):
                 theirs = _statistics(_slowest(results, name, operation), byte_count, link_bytes)
@@ -184,17 +204,29 @@ def _print(report: dict[str, Any]) -> None:
         " ".join(f"{name}={value}" for name, value in report["mode"].items())
         + f" payload={report['config']['payload']}"
     )
+    if report.get("peer_copy_gb_s"):
+        print(f"peer_copy: bw={report['peer_copy_gb_s']:.2f} GB/s")
     for operation in _OPERATIONS:
         ours = report[operation]
         print(f"{operation}: avg={ours['avg_us']:.1f} us bw={ours['bw_gb_s']:.2f} GB/s")
         print(
             f"  {operation} median={ours['median_us']:.1f} us p99={ours['p99_us']:.1f} us "
             f"min={ours['min_us']:.1f} us link={ours['link_bytes']} bytes "
-            f"link_bw={ours['link_gb_s']:.2f} GB/s"
+            f"link_bw={ours['link_gb_s']:.2f} GB/s" + _percentage(ours)
         )
+        if _EAGER in ours:
+            eager = ours[_EAGER]
+            print(
+                f"  {operation} eager median={eager['median_us']:.1f} us "
+                f"p99={eager['p99_us']:.1f} us min={eager['min_us']:.1f} us"
+            )
         for name in _BASELINES:
             if name in ours:
                 print(
                     f"  {operation} {name} median={ours[name]['median_us']:.1f} us "
                     f"ratio_to_{name}={ours[f'ratio_to_{name}']:.2f}"
                 )
+
+
+def _percentage(ours: dict[str, Any]) -> str:
+    return f" peer_copy={ours['peer_copy_percent']:.1f}%" if "peer_copy_percent" in ours else ""

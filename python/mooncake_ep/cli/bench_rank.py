@@ -59,15 +59,14 @@ def run(context: RankContext) -> dict[str, Any]:
         )
         _check(ours, baselines, routing)
         times = _time(context, ours, baselines)
-        facts = {
+        mode = {
             "transport": group.transport((group.rank + 1) % group.rank_count).name,
             "threads": buffer.threads,
             "window_bytes": buffer.window_bytes,
-            "link_rows": routing.link_rows(),
         }
     for baseline in baselines:
         baseline.close()
-    return {"times": times, **facts}
+    return {"times": times, "mode": mode, "link_rows": routing.link_rows()}
 
 
 def _time(

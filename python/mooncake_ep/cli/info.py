@@ -139,15 +139,21 @@ def _first_line(path: str) -> str:
         return ""
 
 
+def _version_of(module: str) -> str:
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:
+        # CuPy, for example, is installed as cupy-cuda13x.
+        owners = importlib.metadata.packages_distributions().get(module, ())
+        return importlib.metadata.version(owners[0]) if owners else "unknown"
+
+
 def _python() -> dict[str, Any]:
     frameworks = {}
     for name in _FRAMEWORKS:
         # Looked up, not imported: an import may take seconds.
         if importlib.util.find_spec(name) is not None:
-            try:
-                frameworks[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                frameworks[name] = "unknown"
+            frameworks[name] = _version_of(name)
     return {"version": platform.python_version(), "frameworks": frameworks}
 
 

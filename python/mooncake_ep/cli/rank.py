@@ -38,7 +38,8 @@ def run_as_this_rank(job: dict[str, Any], progress: Progress) -> list[dict[str, 
     from mooncake_ep import Group
 
     with library_errors():
-        group = Group.from_env(timeout_s=job["timeout_s"])
+        place = _place(job["device"], int(os.environ["RANK"]))
+        group = Group.from_env(timeout_s=job["timeout_s"], **place)
     with group:
         show = progress.update if group.rank == 0 else _show_nothing
         result = _function(job)(RankContext(group, job["options"], show))
@@ -69,16 +70,28 @@ def _join(job: dict[str, Any], results: IO[bytes]) -> Group:
     from mooncake_ep import Group, create_unique_id
 
     rank, rank_count = job["rank"], job["rank_count"]
+    with library_errors():
+        place = _place(job["device"], rank)
     if rank_count == 1:
-        return Group.single()
+        return Group.single(**place)
     if rank == 0:
         # The process that makes the id listens for the others, and has to be rank 0.
         _send(results, {"unique_id": create_unique_id()})
     unique_id = _receive()["unique_id"]
     with library_errors():
         return Group.from_unique_id(
-            unique_id, rank=rank, rank_count=rank_count, timeout_s=job["timeout_s"]
+            unique_id, rank=rank, rank_count=rank_count, timeout_s=job["timeout_s"], **place
         )
+
+
+def _place(device: str, rank: int) -> dict[str, Any]:
+    """Choose backend and device id of a rank: the devices in turn."""
+    from mooncake_ep import backend_info
+
+    info = backend_info(device)
+    if not info.available:
+        raise UserError(f"--device {device}: not available here: {info.reason}")
+    return {"backend": device, "device_id": rank % info.device_count}
 
 
 def _context(job: dict[str, Any], group: Group, results: IO[bytes]) -> RankContext:

@@ -117,9 +117,22 @@ def add_size_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None
     )
 
 
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the ranks compute; cuda needs torch, and gives the GPUs to the ranks in turn "
+        "(default: %(default)s)",
+    )
+
+
 def sizes_from(arguments: argparse.Namespace, *, rank_count: int) -> Sizes:
     """Collect the sizes, and refuse those that the library would refuse on every rank."""
     require_numpy()
+    if getattr(arguments, "device", "cpu") == "cuda" and importlib.util.find_spec("torch") is None:
+        raise UserError("--device cuda needs torch: pip install torch")
     sizes = Sizes(
         rank_count=rank_count,
         tokens=arguments.tokens,

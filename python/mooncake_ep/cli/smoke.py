@@ -14,6 +14,7 @@ examples:
   mooncake-ep smoke
   mooncake-ep smoke --world-size 8 --payload fp8 --weights combine
   mooncake-ep smoke --hash > first; mooncake-ep smoke --hash > second; cmp first second
+  mooncake-ep smoke --device cuda --world-size 2
 """
 
 
@@ -30,6 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     sizes_module.add_size_arguments(
         parser, world_size=4, tokens=64, hidden=2048, experts=16, topk=2
     )
+    sizes_module.add_device_argument(parser)
     parser.add_argument(
         "--weights",
         choices=("dispatch", "combine"),
@@ -39,7 +41,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--hash",
         action="store_true",
-        help="print a SHA-256 of each rank's outputs; the same arguments give the same ones",
+        help="print a SHA-256 of each rank's outputs; the same arguments give the same ones, on "
+        "every device",
     )
     parser.set_defaults(command=run)
 
@@ -60,9 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.hash:
         for rank, result in enumerate(results):
             print(f"hash rank={rank} sha256={result['sha256']}")
+    on_device = "" if launch.device == "cpu" else f" device={launch.device}"
     print(
         f"smoke ok ranks={sizes.rank_count} tokens={sizes.tokens} hidden={sizes.hidden} "
-        f"experts={sizes.experts} topk={sizes.topk}"
+        f"experts={sizes.experts} topk={sizes.topk}" + on_device
     )
     return 0
 

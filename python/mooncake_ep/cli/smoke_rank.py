@@ -11,13 +11,17 @@ import numpy as np
 
 from . import oracle
 from .arrays import SCALE_GROUP, Tokens, bits, dequantize, random_tokens, relative_l2, row_type
+from .devices import device_of
 from .sizes import Sizes, make_buffer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from mooncake_ep import Buffer, Dispatched
 
+    from .devices import Gpu, Host
     from .rank import RankContext
 
 # Relative L2 error of a round trip against float64.
@@ -39,13 +43,14 @@ def run(context: RankContext) -> dict[str, Any]:
     sizes = Sizes(**context.options["sizes"])
     digest = hashlib.sha256()
     failures: list[str] = []
+    device = device_of(context.group)
     with make_buffer(context.group, sizes, threads=0) as buffer:
         for number, kind in enumerate(_ROUNDS):
             ranks = [
                 _inputs(sizes, kind, rank=rank, number=number) for rank in range(sizes.rank_count)
             ]
             one = _Round(sizes, ranks, rank=context.group.rank, number=number)
-            dispatched, out = one.run(buffer, weights=context.options["weights"])
+            dispatched, out = one.run(buffer, device, weights=context.options["weights"])
             found = one.check_dispatched(dispatched) + one.check_combined(out)
             failures += [f"round {number} ({kind}): {text}" for text in found]
             one.hash(digest, dispatched, out)
@@ -86,23 +91,29 @@ class _Round:
         # Odd rounds fill arrays of ours, even ones arrays that the library allocates.
         self._out = _untouched_outputs(sizes) if number % 2 else None
 
-    def run(self, buffer: Buffer, *, weights: str) -> tuple[Dispatched, npt.NDArray[Any]]:
-        """Dispatch, let each expert multiply its rows, and combine; `weights` go to that call."""
-        mine = self._mine
-        dispatched = buffer.dispatch(
-            mine.x,
-            mine.topk_idx,
-            mine.topk_weights if weights == "dispatch" else None,
+    def run(
+        self, buffer: Buffer, device: Host | Gpu, *, weights: str
+    ) -> tuple[Dispatched, npt.NDArray[Any]]:
+        """Dispatch, let each expert multiply its rows, and combine; `weights` go to that call.
+
+        Returns the outputs as NumPy arrays.
+        """
+        mine, put = self._mine, device.put
+        received = buffer.dispatch(
+            put(mine.x),
+            put(mine.topk_idx),
+            put(mine.topk_weights) if weights == "dispatch" else None,
             quant=self._sizes.quant,
-            out=self._out,
+            out=None if self._out is None else _each(self._out, put),
         )
+        dispatched = _each(received, device.take)
         # Rows that dispatch did not fill must not be read: a NaN would spread.
         y = np.full(dispatched.x.shape, np.nan, row_type(self._sizes.payload))
         for local, factor in enumerate(self._factors[self._first_expert :][: len(y)]):
             rows, scales = self._rows(dispatched, local)
             y[local, : len(rows)] = dequantize(rows, scales) * np.float32(factor)
-        out = buffer.combine(y, dispatched, mine.topk_weights if weights == "combine" else None)
-        return dispatched, out
+        late = put(mine.topk_weights) if weights == "combine" else None
+        return dispatched, device.take(buffer.combine(put(y), received, late))
 
     def check_dispatched(self, dispatched: Dispatched) -> list[str]:
         """Compare every element that dispatch returned."""
@@ -164,6 +175,15 @@ class _Round:
         count = int(self._expected.count[local])
         scales = dispatched.scales
         return dispatched.x[local, :count], None if scales is None else scales[local, :count]
+
+
+def _each(arrays: Dispatched, move: Callable[[Any], Any]) -> Dispatched:
+    """Move the arrays of a result to another device."""
+    from mooncake_ep import Dispatched
+
+    scales = None if arrays.scales is None else move(arrays.scales)
+    x, count = move(arrays.x), move(arrays.count)
+    return Dispatched(x, scales, count, move(arrays.src_info), move(arrays.layout_range))
 
 
 def _untouched_outputs(sizes: Sizes) -> Dispatched:

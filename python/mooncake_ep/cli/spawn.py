@@ -43,12 +43,13 @@ _ONE_THREAD = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How many ranks, who starts them, and how long they may take."""
+    """How many ranks, who starts them, how long they may take, and where they compute."""
 
     rank_count: int
     by_env: bool
     timeout_s: float
     label: str
+    device: str = "cpu"
 
     @property
     def reports(self) -> bool:
@@ -65,7 +66,13 @@ def launch_from(arguments: argparse.Namespace, *, label: str) -> Launch:
         os.environ.update(_ONE_THREAD)
     if not arguments.timeout > 0:
         raise UserError(f"--timeout {arguments.timeout} is not more than 0 seconds")
-    return Launch(rank_count=rank_count, by_env=by_env, timeout_s=arguments.timeout, label=label)
+    return Launch(
+        rank_count=rank_count,
+        by_env=by_env,
+        timeout_s=arguments.timeout,
+        label=label,
+        device=getattr(arguments, "device", "cpu"),
+    )
 
 
 def _world_size_from_env() -> int:
@@ -85,7 +92,12 @@ def _world_size_from_env() -> int:
 def run_ranks(target: str, options: dict[str, Any], launch: Launch) -> list[dict[str, Any]]:
     """Run `target` on every rank; returns the results by rank, none where nothing is reported."""
     progress = Progress(launch.label)
-    job = {"target": target, "options": options, "timeout_s": launch.timeout_s}
+    job = {
+        "target": target,
+        "options": options,
+        "timeout_s": launch.timeout_s,
+        "device": launch.device,
+    }
     try:
         if launch.by_env:
             from .rank import run_as_this_rank
