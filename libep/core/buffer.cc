@@ -178,7 +178,7 @@ mep_status_t Buffer::allocate() {
     EP_TRY(device()->allocate(sizeof(BufferState), &state_));
     EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &active_));
     EP_TRY(device()->allocate(
-        sizeof(int32_t) * layout.shape.expert_count * device()->kernels().tally_warps, &tally_));
+        sizeof(int32_t) * layout.shape.expert_count * device()->kernels().tally_count, &tally_));
     EP_TRY(device()->allocate(sizeof(char *) * ranks, &windows_on_device_));
     active_seen_.assign(ranks, 1);
     EP_TRY(device()->write(active_.get(), active_seen_.data(), sizeof(int32_t) * ranks));

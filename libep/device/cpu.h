@@ -32,6 +32,10 @@ struct Place {
 };
 inline thread_local Place place;
 
+// A launch is a call, and one block does all counting.
+constexpr int kShareCountMax = 1;
+constexpr int kOneBlockChoiceCountMax = kNoLimit;
+
 struct Equals {
     int total;  // lanes with this key
     int lower;  // of them, those before this lane

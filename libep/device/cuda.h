@@ -23,6 +23,10 @@ constexpr int kBlocksOfProcessor =
     2;  // of kThreads that fit beside each other, whatever the kernel
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Of the choices of a dispatch: shares that are counted apart, and how many one block counts alone.
+constexpr int kShareCountMax = 128;
+constexpr int kOneBlockChoiceCountMax = 4096;
+
 struct Equals {
     int total;  // lanes with this key
     int lower;  // of them, those before this lane

@@ -21,6 +21,8 @@
 //                                fused with a sum, so that all devices give the same bits
 //   fan_out<G>                   one row read once and written to at most kFanOut places; all
 //                                16-byte aligned; whether past the caches is a hint
+//   kShareCountMax               into how many shares a dispatch's choices are split for counting
+//   kOneBlockChoiceCountMax      how many choices one block counts alone
 //   kTermsAtOnce                 how many rows a sum should load before it adds
 //   launch_one, launch_all       host side: one block; blocks that fill the device, for so many
 //                                items

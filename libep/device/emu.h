@@ -50,6 +50,10 @@ struct Place {
 };
 inline thread_local Place place;
 
+// Little enough that tests count in both ways.
+constexpr int kShareCountMax = 8;
+constexpr int kOneBlockChoiceCountMax = 16;
+
 struct Equals {
     int total;  // lanes with this key
     int lower;  // of them, those before this lane

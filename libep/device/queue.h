@@ -7,6 +7,8 @@ namespace ep {
 // the same.
 enum class Caching { kKeep, kBypass };
 
+constexpr int kNoLimit = 0x7fffffff;
+
 constexpr int kFanOut =
     4;  // places that a row is copied to at once: their addresses stay in registers
 

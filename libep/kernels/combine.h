@@ -81,7 +81,7 @@ template <Element kType, int kCount>
 EP_DEVICE Pack<kCount> sum_terms(const Terms &terms, int channel) {
     Pack<kCount> sum = {};
     for (int first = 0; first < terms.count; first += kTermsAtOnce) {
-        Pack<kCount> values[kTermsAtOnce];
+        Pack<kCount> values[kTermsAtOnce] = {};
         EP_UNROLL
         for (int i = 0; i < kTermsAtOnce; ++i)
             if (first + i < terms.count && terms.row[first + i] != nullptr)

@@ -2,7 +2,7 @@
 // by expert.
 //
 //   count    one block  numbers this rank's tokens for each expert, and publishes how many there
-//                       are
+//                       are (with many choices: the grid)
 //   send     the grid   writes each token's row to the ranks of its experts, in the token's slot
 //   layout   one block  waits for all counts: where each source's rows begin in each expert's
 //                       region
@@ -40,52 +40,64 @@ EP_DEVICE int32_t choice_of(const DispatchArgs &a, int64_t expert, int i) {
 
 constexpr int kChoicesAtOnce =
     kWarpSize == 1 ? 1 : 4;        // of a lane, loaded before the first is used
-constexpr int kTalliesAtOnce = 4;  // loaded before the first is added
+constexpr int kTalliesAtOnce = 8;  // loaded before the first is added
 
-// The tallies of a block's warps, where they fit; else they are in the scratch of the arguments.
-struct SharedTally {
-    static constexpr int kCount = 8192;
-    int32_t counts[kCount];
-
-    EP_DEVICE int32_t *choose(const DispatchArgs &a, int warps) {
-        return warps * a.round.layout.shape.expert_count <= kCount ? counts : a.tally;
-    }
-};
-
-// The choices that a warp counts: neighbours, so that numbering them in warp order is token order.
+// The choices are numbered in shares: neighbours, counted and numbered by one warp each, so that
+// numbering them in the order of the shares is token order.
 struct Share {
     int begin, end;
 
-    EP_DEVICE static Share of_warp(int choice_count) {
-        const int64_t warp = Warp::index_in_block(), warps = warp_count(choice_count);
-        if (warp >= warps) return {choice_count, choice_count};
-        return {static_cast<int>(choice_count * warp / warps),
-                static_cast<int>(choice_count * (warp + 1) / warps)};
+    EP_DEVICE static Share of(int64_t index, int64_t share_count, int choice_count) {
+        if (index >= share_count) return {choice_count, choice_count};
+        return {static_cast<int>(choice_count * index / share_count),
+                static_cast<int>(choice_count * (index + 1) / share_count)};
     }
 
-    // Every warp more is a tally more to add up.
-    EP_DEVICE static int warp_count(int choice_count) {
-        constexpr int kChoicesOfWarpMin = 128;
-        const int wanted = choice_count / kChoicesOfWarpMin + 1;
-        return wanted < Warp::count_in_block() ? wanted : Warp::count_in_block();
+    // Few enough that adding up their tallies is no work of its own, and at most `count_max`.
+    EP_HOST_DEVICE static int count(int choice_count, int count_max) {
+        constexpr int kChoicesMin = 128;
+        const int wanted = choice_count / kChoicesMin + 1;
+        return wanted < count_max ? wanted : count_max;
     }
 };
 
-// Turns the counts of each warp into the first number of each warp, and publishes the totals.
-EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *tally, int warps) {
+// Counts one share in `tally`, which is zero, and keeps its choices. One warp.
+EP_DEVICE void count_share(const DispatchArgs &a, Share share, int32_t *tally) {
+    for (int first = share.begin + Warp::rank(); first < share.end;
+         first += kChoicesAtOnce * Warp::size()) {
+        int64_t experts[kChoicesAtOnce];
+        EP_UNROLL
+        for (int j = 0; j < kChoicesAtOnce; ++j) {
+            const int i = first + j * Warp::size();
+            experts[j] = i < share.end ? topk_idx_at(a, i) : Routing::kNoChoice;
+        }
+        for (int j = 0; j < kChoicesAtOnce; ++j) {
+            const int i = first + j * Warp::size();
+            if (i >= share.end) break;
+            const int32_t choice = choice_of(a, experts[j], i);
+            a.round.routing.choices[i] = choice;
+            if (choice >= 0) fetch_add(&tally[choice], 1);
+        }
+    }
+}
+
+// Turns the counts of each share into the first number of each share, and publishes the totals. One
+// block.
+EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *tallies,
+                              int share_count) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
     const int experts = layout.shape.expert_count, per_rank = layout.local_expert_count;
     for (int e = Block::rank(); e < experts; e += Block::size()) {
         int32_t total = 0;
-        for (int first = 0; first < warps; first += kTalliesAtOnce) {
+        for (int first = 0; first < share_count; first += kTalliesAtOnce) {
             int32_t counts[kTalliesAtOnce];
             EP_UNROLL
             for (int i = 0; i < kTalliesAtOnce; ++i)
-                counts[i] = first + i < warps ? tally[size_t(first + i) * experts + e] : 0;
+                counts[i] = first + i < share_count ? tallies[size_t(first + i) * experts + e] : 0;
             EP_UNROLL
             for (int i = 0; i < kTalliesAtOnce; ++i) {
-                if (first + i < warps) tally[size_t(first + i) * experts + e] = total;
+                if (first + i < share_count) tallies[size_t(first + i) * experts + e] = total;
                 total += counts[i];
             }
         }
@@ -109,38 +121,8 @@ EP_DEVICE void number_choices(const Round &r, int32_t choice, int i, int32_t *ta
     Warp::sync();
 }
 
-// One block. Also opens the round: everything after it reads the handle's epoch.
-EP_KERNEL dispatch_count(const DispatchArgs a) {
-    EP_SHARED(SharedTally, shared_tally);
-    const Round &r = a.round;
-    const int experts = r.layout.shape.expert_count, choice_count = r.token_count * r.topk;
-    const int warps = Share::warp_count(choice_count);
-    const Share share = Share::of_warp(choice_count);
-    int32_t *tallies = shared_tally.choose(a, warps);
-    int32_t *tally = tallies + size_t(Warp::index_in_block()) * experts;
-    if (Block::rank() == 0) r.routing.state->dispatch_epoch = ++r.state->dispatch_epoch;
-    for (int e = Block::rank(); e < warps * experts; e += Block::size())
-        tallies[e] = 0;
-    Block::sync();
-    for (int first = share.begin + Warp::rank(); first < share.end;
-         first += kChoicesAtOnce * Warp::size()) {
-        int64_t experts_chosen[kChoicesAtOnce];
-        EP_UNROLL
-        for (int j = 0; j < kChoicesAtOnce; ++j) {
-            const int i = first + j * Warp::size();
-            experts_chosen[j] = i < share.end ? topk_idx_at(a, i) : Routing::kNoChoice;
-        }
-        for (int j = 0; j < kChoicesAtOnce; ++j) {
-            const int i = first + j * Warp::size();
-            if (i >= share.end) break;
-            const int32_t choice = choice_of(a, experts_chosen[j], i);
-            r.routing.choices[i] = choice;
-            if (choice >= 0) fetch_add(&tally[choice], 1);
-        }
-    }
-    Block::sync();
-    publish_counts(a, r.routing.state->dispatch_epoch, tallies, warps);
-    Block::sync();
+// Numbers one share from the first numbers in `tally` on. One warp.
+EP_DEVICE void number_share(const Round &r, Share share, int32_t *tally) {
     for (int first = share.begin; first < share.end; first += kChoicesAtOnce * Warp::size()) {
         int32_t choices[kChoicesAtOnce];
         EP_UNROLL
@@ -152,6 +134,61 @@ EP_KERNEL dispatch_count(const DispatchArgs a) {
         for (int j = 0; j < kChoicesAtOnce; ++j)
             number_choices(r, choices[j], first + j * Warp::size() + Warp::rank(), tally);
     }
+}
+
+EP_DEVICE void open_round(const Round &r) {
+    if (Block::rank() == 0) r.routing.state->dispatch_epoch = ++r.state->dispatch_epoch;
+}
+
+// One block does all the counting. Also opens the round: all after it reads the handle's epoch.
+EP_KERNEL dispatch_count(const DispatchArgs a) {
+    const Round &r = a.round;
+    const int experts = r.layout.shape.expert_count, choice_count = r.token_count * r.topk;
+    const int shares = Share::count(choice_count, Warp::count_in_block());
+    const Share share = Share::of(Warp::index_in_block(), shares, choice_count);
+    int32_t *tally = a.tally + size_t(Warp::index_in_block()) * experts;
+    open_round(r);
+    for (int e = Block::rank(); e < shares * experts; e += Block::size())
+        a.tally[e] = 0;
+    Block::sync();
+    count_share(a, share, tally);
+    Block::sync();
+    publish_counts(a, r.routing.state->dispatch_epoch, a.tally, shares);
+    Block::sync();
+    number_share(r, share, tally);
+}
+
+// With many choices the whole grid counts, in three launches: one warp a share...
+EP_KERNEL dispatch_tally(const DispatchArgs a) {
+    const Round &r = a.round;
+    const int experts = r.layout.shape.expert_count, choice_count = r.token_count * r.topk;
+    const int shares = Share::count(choice_count, kShareCountMax);
+    for (int i = grid_index<Warp>(); i < shares; i += grid_count<Warp>()) {
+        int32_t *tally = a.tally + size_t(i) * experts;
+        for (int e = Warp::rank(); e < experts; e += Warp::size())
+            tally[e] = 0;
+        Warp::sync();
+        count_share(a, Share::of(i, shares, choice_count), tally);
+    }
+}
+
+// ... one block that opens the round and publishes the totals...
+EP_KERNEL dispatch_publish(const DispatchArgs a) {
+    const Round &r = a.round;
+    open_round(r);
+    Block::sync();
+    publish_counts(a, r.routing.state->dispatch_epoch, a.tally,
+                   Share::count(r.token_count * r.topk, kShareCountMax));
+}
+
+// ... and again one warp a share.
+EP_KERNEL dispatch_number(const DispatchArgs a) {
+    const Round &r = a.round;
+    const int choice_count = r.token_count * r.topk;
+    const int shares = Share::count(choice_count, kShareCountMax);
+    for (int i = grid_index<Warp>(); i < shares; i += grid_count<Warp>())
+        number_share(r, Share::of(i, shares, choice_count),
+                     a.tally + size_t(i) * r.layout.shape.expert_count);
 }
 
 // Copies or casts a token's row to each target.
@@ -413,9 +450,21 @@ EP_KERNEL dispatch_receive(const DispatchArgs a) {
     }
 }
 
+inline void launch_dispatch_count(const DispatchArgs &args, const Queue &queue) {
+    const int choice_count = args.round.token_count * args.round.topk;
+    if (choice_count <= kOneBlockChoiceCountMax) launch_one(dispatch_count, args, queue);
+    if constexpr (kOneBlockChoiceCountMax != kNoLimit) {
+        if (choice_count <= kOneBlockChoiceCountMax && !queue.load_only) return;
+        const int shares = Share::count(choice_count, kShareCountMax);
+        launch_all(dispatch_tally, args, queue, shares);
+        launch_one(dispatch_publish, args, queue);
+        launch_all(dispatch_number, args, queue, shares);
+    }
+}
+
 template <bool kCast, Element kType>
 int launch_dispatch_send(const DispatchArgs &args, const Queue &queue) {
-    launch_one(dispatch_count, args, queue);
+    launch_dispatch_count(args, queue);
     launch_all(dispatch_send<kCast, kType>, args, queue, args.round.token_count);
     return launch_error();
 }

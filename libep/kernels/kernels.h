@@ -62,7 +62,7 @@ enum class Quant : int32_t { kNone, kFp8, kFp8Pow2 };
 
 struct DispatchArgs {
     Round round;
-    int32_t *tally;  // scratch [warp of a block][E]
+    int32_t *tally;  // scratch [Kernels::tally_count][E]
     const void *topk_idx;
     int topk_idx_bytes;         // 4 or 8
     const float *topk_weights;  // nullptr: all 1
@@ -92,9 +92,9 @@ struct CombineArgs {
     size_t out_stride;  // bytes from token to token
 };
 
-// Each returns 0 or the device runtime's error. `tally_warps` is how many warps a block has.
+// Each returns 0 or the device runtime's error. `tally_count` is for the scratch of DispatchArgs.
 struct Kernels {
-    int tally_warps;
+    int tally_count;
     int (*dispatch_send)(const DispatchArgs &args, const Queue &queue);
     int (*dispatch_receive)(const DispatchArgs &args, const Queue &queue);
     int (*combine_send)(const CombineArgs &args, const Queue &queue);

@@ -8,9 +8,10 @@
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
-inline Kernels kernels(int tally_warps) {
-    return {tally_warps, launch_dispatch_send, launch_dispatch_receive, launch_combine_send,
-            launch_combine_receive};
+// `block_warps`: the most that a block of a launch has.
+inline Kernels kernels(int block_warps) {
+    return {block_warps > kShareCountMax ? block_warps : kShareCountMax, launch_dispatch_send,
+            launch_dispatch_receive, launch_combine_send, launch_combine_receive};
 }
 
 // Loads every kernel onto the current device; see Queue::load_only.

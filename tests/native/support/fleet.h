@@ -116,7 +116,7 @@ class Fleet {
             std::memset(window, 0, layout_.bytes);
             member.window.reset(static_cast<char *>(window));
             member.active.assign(rig.ranks, 1);
-            member.tally.resize(size_t(rig.experts) * kernels_.tally_warps);
+            member.tally.resize(size_t(rig.experts) * kernels_.tally_count);
             if (create_workers(rig.threads, &member.workers) != MEP_OK) std::abort();
             windows_.push_back(member.window.get());
         }
