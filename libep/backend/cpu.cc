@@ -2,6 +2,7 @@
 #include "backend/backend.h"
 #include "backend/cpu_levels.h"
 #include "backend/window_table.h"
+#include "base/socket.h"
 #include "base/status.h"
 
 #include <cerrno>
@@ -28,16 +29,6 @@ class HostMapping : public Mapping {
   private:
     void *data_;
     size_t bytes_;
-};
-
-struct Descriptor {
-    explicit Descriptor(int number) : number(number) {}
-    Descriptor(const Descriptor &) = delete;
-    Descriptor &operator=(const Descriptor &) = delete;
-    ~Descriptor() {
-        if (number >= 0) close(number);
-    }
-    int number;
 };
 
 mep_status_t map(size_t bytes, int flags, int descriptor, std::shared_ptr<Mapping> *mapping) {
@@ -91,16 +82,16 @@ class HostWindow : public Window {
                       static_cast<unsigned long long>(random[0]),
                       static_cast<unsigned long long>(random[1]));
         const Descriptor file(shm_open(name, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600));
-        if (file.number < 0)
+        if (file.number() < 0)
             return fail(MEP_SYSTEM_ERROR, "creating shared memory: %s",
                         system_error("shm_open", errno).c_str());
         std::memcpy(handle_.name, name, sizeof name);
         // Takes the pages now: with none left, a later access would kill the process.
-        if (const int error = posix_fallocate(file.number, 0, static_cast<off_t>(bytes)))
+        if (const int error = posix_fallocate(file.number(), 0, static_cast<off_t>(bytes)))
             return fail(error == ENOSPC || error == ENOMEM ? MEP_OUT_OF_MEMORY : MEP_SYSTEM_ERROR,
                         "a window of %zu bytes in /dev/shm: %s", bytes,
                         system_error("posix_fallocate", error).c_str());
-        return map(bytes, MAP_SHARED, file.number, &mapping_);
+        return map(bytes, MAP_SHARED, file.number(), &mapping_);
     }
 
     WindowHandle handle_{};
@@ -154,14 +145,14 @@ class Cpu : public Device {
         std::memcpy(name, handle.name, sizeof handle.name);
         const Descriptor file(shm_open(name, O_RDWR | O_CLOEXEC, 0));
         struct stat status;
-        if (file.number < 0 || fstat(file.number, &status) != 0)
+        if (file.number() < 0 || fstat(file.number(), &status) != 0)
             return fail(MEP_SYSTEM_ERROR, "opening a peer's shared memory: %s",
                         system_error("shm_open", errno).c_str());
         if (static_cast<uint64_t>(status.st_size) != handle.bytes)
             return fail(MEP_SYSTEM_ERROR, "a peer's shared memory has %lld bytes instead of %llu",
                         static_cast<long long>(status.st_size),
                         static_cast<unsigned long long>(handle.bytes));
-        return map(handle.bytes, MAP_SHARED, file.number, mapping);
+        return map(handle.bytes, MAP_SHARED, file.number(), mapping);
     }
 
     bool reaches(mep_device_t device) const override {
