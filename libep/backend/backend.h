@@ -73,6 +73,10 @@ class Device {
     // The same in every process; zero for the CPU.
     virtual DeviceUuid uuid() const = 0;
 
+    // Does a line that this device stores arrive whole in the memory of that one? False if it
+    // cannot be told, as for a device that this process does not see.
+    virtual bool delivers_lines(const DeviceUuid &peer) const = 0;
+
     // How many blocks fill the device.
     virtual int block_count() const = 0;
 

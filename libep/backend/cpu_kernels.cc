@@ -6,7 +6,7 @@
 namespace ep {
 
 Kernels EP_CPU_KERNELS() {
-    return EP_DEVICE_NAMESPACE::kernels(1);
+    return EP_DEVICE_NAMESPACE::kernels();
 }
 
 }  // namespace ep

@@ -12,7 +12,7 @@ namespace ep {
 namespace {
 
 Kernels gpu_kernels() {
-    return cuda::kernels(cuda::kThreads / cuda::kWarpSize);
+    return cuda::kernels();
 }
 
 int load_gpu_kernels() {

@@ -150,6 +150,24 @@ class Gpu : public Device {
     DeviceUuid uuid() const override { return uuid_; }
     int block_count() const override { return block_count_; }
 
+    // NVLink and its like keep a store of a line together, and they are the links with native
+    // atomics; PCIe may split it.
+    bool delivers_lines(const DeviceUuid &peer) const override {
+        if (std::memcmp(&peer, &uuid_, sizeof uuid_) == 0) return true;
+        int count = 0;
+        if (EP_GPU(GetDeviceCount)(&count) != kGpuSuccess) return false;
+        for (int device = 0; device < count; ++device) {
+            EP_GPU(DeviceProp) properties;
+            int atomics = 0;
+            if (EP_GPU(GetDeviceProperties)(&properties, device) == kGpuSuccess &&
+                std::memcmp(&peer, &properties.uuid, sizeof peer) == 0)
+                return EP_GPU(DeviceGetP2PAttribute)(&atomics, EP_GPU(DevP2PAttrNativeAtomicSupported),
+                                                     device_, device) == kGpuSuccess &&
+                       atomics != 0;
+        }
+        return false;
+    }
+
     mep_status_t allocate(size_t bytes, DeviceMemory *memory) override {
         const DeviceScope scope(device_);
         EP_TRY(scope.status());

@@ -79,8 +79,8 @@ struct HandleLayout {
         l.state = carve(1, sizeof(HandleState));
         l.choices = carve(own, sizeof(int32_t));
         l.positions = carve(own, sizeof(int32_t));
-        l.token_counts = carve(ranks, sizeof(int32_t));
-        l.begins = carve(s.expert_count / ranks * (ranks + 1), sizeof(int32_t));
+        l.token_counts = carve(ranks, sizeof(uint64_t));
+        l.begins = carve(s.expert_count / ranks * (ranks + 1), sizeof(uint64_t));
         l.row_counts = carve(slots, sizeof(int32_t));
         l.rows = carve(slots * s.topk_max, sizeof(int32_t));
         l.weights = carve(slots * s.topk_max, sizeof(float));
@@ -124,7 +124,31 @@ mep_status_t compare(const mep_buffer_config_t &mine, const mep_buffer_config_t 
     return MEP_OK;
 }
 
+// What a rank brings to the creation of a buffer. Plain bytes: it travels.
+struct Proposal {
+    mep_buffer_config_t config;
+    int64_t lines;  // would it send by line?
+};
+
+// By line, small messages are fast; large ones pay for the Signals in them.
+mep_status_t may_go_by_line(const Group &group, const Shape &shape, bool *lines) {
+    constexpr int kChoicesMax = 4096;  // each block counts them by itself
+    constexpr int kTopkMax = 4 * Layout::kPiecesOfLine;  // the lines that a warp moves at once
+    long wanted = 0;
+    EP_TRY(env_integer("MOONCAKE_EP_LINES", 0, 1, 1, &wanted));
+    *lines = wanted != 0 && group.delivers_lines() && shape.topk_max <= kTopkMax &&
+             shape.token_count_max <= group.device()->kernels().line_token_count_max &&
+             shape.token_count_max * shape.topk_max <= kChoicesMax;
+    return MEP_OK;
+}
+
 }  // namespace
+
+void BufferShape::go_by_line() {
+    Shape shape = layout.shape;
+    shape.carriage = Carriage::kLine;
+    layout = Layout::of(shape);
+}
 
 mep_status_t BufferShape::of(const mep_buffer_config_t &config, int rank_count,
                              BufferShape *shape) {
@@ -157,10 +181,16 @@ mep_status_t Buffer::create(std::shared_ptr<Group> group, const mep_buffer_confi
     mep_status_t status = config_status;
     if (status == MEP_OK) status = BufferShape::of(config, g.rank_count(), &created->shape_);
     EP_TRY(g.agree(status));
-    std::vector<mep_buffer_config_t> configs(g.rank_count());
-    EP_TRY(g.all_gather(&created->shape_.config, configs.data(), sizeof configs[0]));
-    for (int peer = 0; peer < g.rank_count(); ++peer)
-        EP_TRY(compare(created->shape_.config, configs[peer], g.rank(), peer));
+    bool lines = false;
+    EP_TRY(g.agree(may_go_by_line(g, created->shape_.layout.shape, &lines)));
+    const Proposal mine{created->shape_.config, lines};
+    std::vector<Proposal> all(g.rank_count());
+    EP_TRY(g.all_gather(&mine, all.data(), sizeof mine));
+    for (int peer = 0; peer < g.rank_count(); ++peer) {
+        EP_TRY(compare(mine.config, all[peer].config, g.rank(), peer));
+        lines = lines && all[peer].lines != 0;
+    }
+    if (lines) created->shape_.go_by_line();
     EP_TRY(g.agree(created->allocate()));
     EP_TRY(created->connect(created->windows_.handle()));
     log(MEP_LOG_INFO, "rank %d: window of %zu bytes, %d threads", g.rank(),
@@ -178,7 +208,9 @@ mep_status_t Buffer::allocate() {
     EP_TRY(device()->allocate(sizeof(BufferState), &state_));
     EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &active_));
     EP_TRY(device()->allocate(
-        sizeof(int32_t) * layout.shape.expert_count * device()->kernels().tally_count, &tally_));
+        sizeof(int32_t) * layout.shape.expert_count *
+            tally_row_count(device()->kernels().sender_block_count_max(queue(nullptr))),
+        &tally_));
     EP_TRY(device()->allocate(sizeof(char *) * ranks, &windows_on_device_));
     active_seen_.assign(ranks, 1);
     EP_TRY(device()->write(active_.get(), active_seen_.data(), sizeof(int32_t) * ranks));
@@ -205,7 +237,8 @@ mep_status_t Buffer::counters(mep_buffer_counters_t *counters) const {
     BufferState state;
     EP_TRY(device()->read(&state, state_.get(), sizeof state));
     *counters = {sizeof *counters,         0,
-                 state.dispatch_epoch,     state.combine_epoch,
+                 state.dispatch_tickets / BufferState::kTicketsOfRound,
+                 state.combine_tickets / BufferState::kTicketsOfRound,
                  state.invalid_expert_ids, state.invalid_messages};
     return MEP_OK;
 }
@@ -216,6 +249,9 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
     const auto ints = [memory](size_t offset) {
         return reinterpret_cast<int32_t *>(memory + offset);
     };
+    const auto signals = [memory](size_t offset) {
+        return reinterpret_cast<uint64_t *>(memory + offset);
+    };
     const int64_t timeout = timeout_us == 0 ? group_->timeout_us() : timeout_us;
     Round round{};
     round.layout = shape_.layout;
@@ -225,8 +261,8 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
     round.routing = {reinterpret_cast<HandleState *>(memory + at.state),
                      ints(at.choices),
                      ints(at.positions),
-                     ints(at.token_counts),
-                     ints(at.begins),
+                     signals(at.token_counts),
+                     signals(at.begins),
                      ints(at.row_counts),
                      ints(at.rows),
                      reinterpret_cast<float *>(memory + at.weights)};

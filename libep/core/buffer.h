@@ -22,6 +22,9 @@ struct BufferShape {
     // Checks `config` for a group of `rank_count`.
     static mep_status_t of(const mep_buffer_config_t &config, int rank_count, BufferShape *shape);
 
+    // From messages by flag, as of() says, to messages by line.
+    void go_by_line();
+
     size_t handle_bytes() const;
 };
 

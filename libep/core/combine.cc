@@ -28,16 +28,14 @@ mep_status_t combine(const Call &call, CombineArgs args) {
     args.round.token_count = handle.token_count;
     args.round.topk = handle.topk;
     args.fp32_partials = buffer.shape().config.fp32_partials != 0;
-    const Kernels &kernels = buffer.device()->kernels();
-    const Queue queue = buffer.queue(call.stream);
-    const Entered entered(buffer.device());
     if (call.sends()) {
         handle.combine_in_flight = true;
         handle.combine_round = buffer.combines.send();
-        EP_TRY(buffer.device()->launch_status(kernels.combine_send(args, queue)));
     }
+    const Entered entered(buffer.device());
+    EP_TRY(buffer.device()->launch_status(
+        buffer.device()->kernels().combine(args, call.kernel_phases(), buffer.queue(call.stream))));
     if (call.receives()) {
-        EP_TRY(buffer.device()->launch_status(kernels.combine_receive(args, queue)));
         buffer.combines.receive(handle.combine_round);
         handle.combine_in_flight = false;
     }

@@ -30,18 +30,16 @@ mep_status_t dispatch(const Call &call, DispatchArgs args) {
     args.round.caching =
         token_count * args.x_stride <= kCachedBytesMax ? Caching::kKeep : Caching::kBypass;
     args.tally = buffer.tally();
-    const Kernels &kernels = buffer.device()->kernels();
-    const Queue queue = buffer.queue(call.stream);
-    const Entered entered(buffer.device());
     if (call.sends()) {
         handle.token_count = token_count;
         handle.topk = topk;
         handle.dispatch = Handle::State::kInFlight;
         handle.dispatch_round = buffer.dispatches.send();
-        EP_TRY(buffer.device()->launch_status(kernels.dispatch_send(args, queue)));
     }
+    const Entered entered(buffer.device());
+    EP_TRY(buffer.device()->launch_status(
+        buffer.device()->kernels().dispatch(args, call.kernel_phases(), buffer.queue(call.stream))));
     if (call.receives()) {
-        EP_TRY(buffer.device()->launch_status(kernels.dispatch_receive(args, queue)));
         buffer.dispatches.receive(handle.dispatch_round);
         handle.dispatch = Handle::State::kReceived;
     }

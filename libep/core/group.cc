@@ -92,6 +92,11 @@ mep_status_t Group::choose_transports(const RankFacts *facts) {
     for (int peer = 0; peer < rank_count(); ++peer)
         local_rank_count_ +=
             std::strncmp(facts[peer].host, facts[rank()].host, sizeof facts[peer].host) == 0;
+    for (int peer = 0; peer < rank_count(); ++peer) {
+        DeviceUuid device;
+        std::memcpy(&device, facts[peer].device, sizeof device);
+        delivers_lines_ = delivers_lines_ && device_->delivers_lines(device);
+    }
     for (int one = 0; one < rank_count(); ++one) {
         for (int other = 0; other < rank_count(); ++other) {
             const TransportChoice choice = choose_transport(facts[one], facts[other], one == other);

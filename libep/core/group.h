@@ -33,6 +33,9 @@ class Group {
     // side.
     int device_sharers() const { return device_sharers_; }
 
+    // Do lines arrive whole at every peer? This rank's view.
+    bool delivers_lines() const { return delivers_lines_; }
+
     mep_status_t all_gather(const void *send, void *receive, size_t bytes);
 
     // The same answer on every rank: `mine` if it failed, else the first failure of another rank,
@@ -53,6 +56,7 @@ class Group {
     int64_t timeout_us_ = 0;
     int device_id_ = 0;
     int local_rank_count_ = 1;
+    bool delivers_lines_ = true;
     int device_sharers_ = 1;
     bool left_ = false;
     const Backend *backend_ = nullptr;

@@ -15,6 +15,9 @@ struct Call {
     void *stream;
 
     bool sends() const { return (phases & MEP_PHASE_SEND) != 0; }
+    Phases kernel_phases() const {
+        return sends() && receives() ? Phases::kBoth : sends() ? Phases::kSend : Phases::kReceive;
+    }
     bool receives() const { return (phases & MEP_PHASE_RECEIVE) != 0; }
 };
 

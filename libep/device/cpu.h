@@ -32,9 +32,11 @@ struct Place {
 };
 inline thread_local Place place;
 
-// A launch is a call, and one block does all counting.
-constexpr int kShareCountMax = 1;
-constexpr int kOneBlockChoiceCountMax = kNoLimit;
+constexpr int kWarpsOfBlockMax = 1;
+constexpr bool kRolesApart = false;
+constexpr int kSharedExpertCountMax = 1024;
+constexpr int kChoicesCountedByAllMax = 4096;
+constexpr int kLineTokenCountMax = 0;
 
 struct Equals {
     int total;  // lanes with this key
@@ -51,6 +53,11 @@ struct Lane {
     static T broadcast(T value) {
         return value;
     }
+    template <class T>
+    static T from(T value, int) {
+        return value;
+    }
+    static bool all(bool value) { return value; }
     template <int kLanes>
     static float max_over(float value) {
         static_assert(kLanes == 1, "a CPU warp has one lane");
@@ -60,9 +67,7 @@ struct Lane {
 };
 struct Thread : Lane {};
 struct Warp : Lane {};
-struct Block : Lane {
-    static bool all(bool value) { return value; }
-};
+struct Block : Lane {};
 
 template <class Group>
 int grid_index() {
@@ -74,6 +79,10 @@ int grid_count() {
 }
 
 #include "device/host_atomics.h"
+
+// Lines take 8 lanes; kernels that move them are not made for this device, only compiled.
+void push(char *at, bool here, bool signal, Vector piece);
+bool pull(const char *at, bool here, bool signal, uint64_t epoch, Vector *piece);
 
 // As wide as a vector register of the level.
 #if defined(__AVX512F__)
@@ -150,23 +159,25 @@ EP_DEVICE void copy_row(char *to, const char *from, size_t bytes, Caching) {
 constexpr int kTermsAtOnce = 1;  // the hardware looks ahead by itself
 
 template <class Group>
-EP_DEVICE void fan_out(char *const (&to)[kFanOut], int count, const char *from, size_t bytes,
-                       Caching caching) {
+EP_DEVICE void fan_out(char *const (&to)[kFanOut], int count, const char *from, size_t begin,
+                       size_t end, Caching caching) {
     for (int i = 0; i < count; ++i)
-        copy_row(to[i], from, bytes, caching);
+        copy_row(to[i] + begin, from + begin, end - begin, caching);
+}
+
+// A block per worker.
+inline int sender_block_count_max(const Queue &queue) {
+    return queue.workers == nullptr ? 1 : queue.workers->count();
+}
+inline int receiver_block_count_max(const Queue &queue) {
+    return sender_block_count_max(queue);
 }
 
 template <class Args>
-void launch_one(void (*kernel)(Args), const Args &args, const Queue &) {
-    place = {};
-    kernel(args);
-}
-
-template <class Args>
-void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue, int item_count) {
-    if (item_count == 0) return;
-    if (queue.workers == nullptr || queue.workers->count() == 1) {
-        launch_one(kernel, args, queue);
+void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count) {
+    if (block_count == 1) {
+        place = {};
+        kernel(args);
         return;
     }
     struct Call {
@@ -181,6 +192,11 @@ void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue, int 
             c.kernel(*c.args);
         },
         &call);
+}
+
+template <class Args>
+void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue, int item_count) {
+    if (item_count > 0) launch(kernel, args, queue, sender_block_count_max(queue));
 }
 
 inline int launch_error() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/queue.h"
+#include "wire/signal.h"
 
 #include <cuda_runtime.h>
 
@@ -23,9 +24,12 @@ constexpr int kBlocksOfProcessor =
     2;  // of kThreads that fit beside each other, whatever the kernel
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Of the choices of a dispatch: shares that are counted apart, and how many one block counts alone.
-constexpr int kShareCountMax = 128;
-constexpr int kOneBlockChoiceCountMax = 4096;
+constexpr int kWarpsOfBlockMax = kThreads / kWarpSize;
+
+constexpr bool kRolesApart = true;
+constexpr int kSharedExpertCountMax = 1024;
+constexpr int kChoicesCountedByAllMax = 4096;
+constexpr int kLineTokenCountMax = 512;
 
 struct Equals {
     int total;  // lanes with this key
@@ -54,6 +58,11 @@ struct Warp {
     EP_DEVICE static T broadcast(T value) {
         return __shfl_sync(kAllLanes, value, 0);
     }
+    template <class T>
+    EP_DEVICE static T from(T value, int lane) {
+        return __shfl_sync(kAllLanes, value, lane);
+    }
+    EP_DEVICE static bool all(bool value) { return __all_sync(kAllLanes, value) != 0; }
     template <int kLanes>
     EP_DEVICE static float max_over(float value) {
         for (int step = kLanes / 2; step > 0; step /= 2)
@@ -84,6 +93,11 @@ EP_DEVICE int grid_count() {
     return gridDim.x * Group::count_in_block();
 }
 
+EP_DEVICE uint64_t load(const uint64_t *from) {
+    uint64_t value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+    return value;
+}
 EP_DEVICE int32_t load(const int32_t *from) {
     int32_t value;
     asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
@@ -99,6 +113,14 @@ EP_DEVICE uint64_t fetch_add(uint64_t *to, uint64_t value) {
     return atomicAdd(reinterpret_cast<unsigned long long *>(to), value);
 }
 
+EP_DEVICE void post(uint64_t *word, uint64_t value) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+EP_DEVICE uint64_t look(const uint64_t *word) {
+    uint64_t value;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+}
 EP_DEVICE void publish(uint64_t *word, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
@@ -131,6 +153,22 @@ EP_DEVICE void pause(uint32_t attempt) {
 
 #include "device/lanes.h"
 
+// A store of 8 lanes to a line arrives whole at a GPU of this one's NVLink, and is seen whole.
+EP_DEVICE void push(char *at, bool here, bool, Vector piece) {
+    if (here)
+        asm volatile("st.volatile.global.v2.u64 [%0], {%1, %2};" ::"l"(at), "l"(piece.words[0]),
+                     "l"(piece.words[1])
+                     : "memory");
+}
+EP_DEVICE bool pull(const char *at, bool here, bool signal, uint64_t epoch, Vector *piece) {
+    if (here)
+        asm volatile("ld.volatile.global.v2.u64 {%0, %1}, [%2];"
+                     : "=l"(piece->words[0]), "=l"(piece->words[1])
+                     : "l"(at)
+                     : "memory");
+    return Warp::all(!here || !signal || Signal::is_of(piece->words[0], epoch));
+}
+
 // Every launch: `blocks` of `threads`, or only the loading.
 template <class Args>
 void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, int blocks,
@@ -143,9 +181,18 @@ void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, i
     kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(queue.stream)>>>(args);
 }
 
+// As many senders as multiprocessors; with the receivers and the counter, all blocks fit beside each
+// other.
+inline int sender_block_count_max(const Queue &queue) {
+    return queue.block_count;
+}
+inline int receiver_block_count_max(const Queue &queue) {
+    const int rest = (kBlocksOfProcessor - 1) * queue.block_count - 1;
+    return rest < 1 ? 1 : rest;
+}
 template <class Args>
-void launch_one(void (*kernel)(Args), const Args &args, const Queue &queue) {
-    launch_blocks(kernel, args, queue, 1, kThreads);
+void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count) {
+    launch_blocks(kernel, args, queue, block_count, kThreads);
 }
 
 // A block per item, of as many warps as fill the device; with more items than that, small blocks

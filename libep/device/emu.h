@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/queue.h"
+#include "wire/signal.h"
 
 #include <barrier>
 #include <cstddef>
@@ -29,6 +30,7 @@ constexpr int kWarpSize = EP_EMU_WARP_SIZE;
 constexpr int kWarpsPerBlock = 2;
 constexpr int kThreads = kWarpsPerBlock * kWarpSize;
 constexpr int kManyBlocks = 3;
+constexpr int kWarpsOfBlockMax = kWarpsPerBlock;
 
 // Lanes that exchange values: each writes its own cell, all meet, each reads.
 struct Team {
@@ -51,8 +53,10 @@ struct Place {
 inline thread_local Place place;
 
 // Little enough that tests count in both ways.
-constexpr int kShareCountMax = 8;
-constexpr int kOneBlockChoiceCountMax = 16;
+constexpr bool kRolesApart = true;
+constexpr int kSharedExpertCountMax = 8;
+constexpr int kChoicesCountedByAllMax = 6;
+constexpr int kLineTokenCountMax = kWarpSize < 8 ? 0 : 16;  // a line takes 8 lanes
 
 struct Equals {
     int total;  // lanes with this key
@@ -84,6 +88,22 @@ struct Warp {
         __builtin_memcpy(&value, &place.warp->cells[0], sizeof value);
         sync();
         return value;
+    }
+    template <class T>
+    static T from(T value, int lane) {
+        static_assert(sizeof(T) <= sizeof(uint64_t), "a cell holds 8 bytes");
+        exchange(value);
+        __builtin_memcpy(&value, &place.warp->cells[lane], sizeof value);
+        sync();
+        return value;
+    }
+    static bool all(bool value) {
+        exchange(uint64_t{value});
+        bool every = true;
+        for (const uint64_t cell : place.warp->cells)
+            every = every && cell != 0;
+        sync();
+        return every;
     }
     template <int kLanes>
     static float max_over(float value) {
@@ -125,15 +145,6 @@ struct Block {
     static void sync() { place.whole->barrier.arrive_and_wait(); }
     static int index_in_block() { return 0; }
     static int count_in_block() { return 1; }
-    static bool all(bool value) {
-        place.whole->cells[rank()] = value;
-        sync();
-        bool every = true;
-        for (const uint64_t cell : place.whole->cells)
-            every = every && cell != 0;
-        sync();
-        return every;
-    }
 };
 
 template <class Group>
@@ -147,6 +158,24 @@ int grid_count() {
 
 #include "device/host_atomics.h"
 #include "device/lanes.h"
+
+// The lane with the signal releases what the others of its warp have stored.
+inline void push(char *at, bool here, bool signal, Vector piece) {
+    if (here && !signal) __builtin_memcpy(at, &piece, sizeof piece);
+    Warp::sync();
+    if (!here || !signal) return;
+    __builtin_memcpy(at + sizeof(uint64_t), &piece.words[1], sizeof(uint64_t));
+    publish(reinterpret_cast<uint64_t *>(at), piece.words[0]);
+}
+inline bool pull(const char *at, bool here, bool signal, uint64_t epoch, Vector *piece) {
+    if (here && signal) piece->words[0] = look(reinterpret_cast<const uint64_t *>(at));
+    if (!Warp::all(!here || !signal || Signal::is_of(piece->words[0], epoch))) return false;
+    if (here && signal)
+        __builtin_memcpy(&piece->words[1], at + sizeof(uint64_t), sizeof(uint64_t));
+    else if (here)
+        __builtin_memcpy(piece, at, sizeof *piece);
+    return true;
+}
 
 template <class Args>
 void launch_blocks(int block_count, void (*kernel)(Args), const Args &args) {
@@ -168,9 +197,15 @@ void launch_blocks(int block_count, void (*kernel)(Args), const Args &args) {
         thread.join();
 }
 
+inline int sender_block_count_max(const Queue &) {
+    return 2;
+}
+inline int receiver_block_count_max(const Queue &) {
+    return 1;
+}
 template <class Args>
-void launch_one(void (*kernel)(Args), const Args &args, const Queue &) {
-    launch_blocks(1, kernel, args);
+void launch(void (*kernel)(Args), const Args &args, const Queue &, int block_count) {
+    launch_blocks(block_count, kernel, args);
 }
 template <class Args>
 void launch_all(void (*kernel)(Args), const Args &args, const Queue &, int item_count) {

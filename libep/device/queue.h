@@ -1,16 +1,21 @@
 // Where a launch goes, and how: plain types that the host hands to the kernels' launchers.
 #pragma once
 
+#include <cstdint>
+
 namespace ep {
 
 // Whether rows that are written will be read while they are still in a cache. A hint: results are
 // the same.
 enum class Caching { kKeep, kBypass };
 
-constexpr int kNoLimit = 0x7fffffff;
-
 constexpr int kFanOut =
     4;  // places that a row is copied to at once: their addresses stay in registers
+
+// What a lane moves at once.
+struct alignas(16) Vector {
+    uint64_t words[2];
+};
 
 // Host threads that run the blocks of a CPU launch.
 class Workers {

@@ -134,20 +134,48 @@ struct RowTargets {
     int count;
 };
 
-// Casts one row to float8_e4m3fn with a scale per kScaleGroup channels, into each target. A group
-// of channels belongs to as many lanes as have a pack of them each, or to the whole of a narrower
-// warp.
+// 16 channels of a row as float8_e4m3fn, with the scale that they share with the kLanesOfGroup lanes
+// beside this one. All lanes of the warp come here; those outside the row with nothing.
+template <Element kType, int kLanesOfGroup>
+EP_DEVICE Vector cast_piece(const char *row, int channel, bool inside, bool power_of_two,
+                            float *scale) {
+    constexpr int kPacks = static_cast<int>(sizeof(Vector)) / kPack;
+    Pack<kPack> values[kPacks] = {};
+    EP_UNROLL
+    for (int i = 0; inside && i < kPacks; ++i)
+        values[i] = load_channels<kType, kPack>(row, channel + i * kPack);
+    const float amax = Warp::max_over<kLanesOfGroup>(max_magnitude(values));
+    const Fp8Scale by = Fp8Scale::of(amax, power_of_two);
+    *scale = by.scale;
+    alignas(16) char bytes[sizeof(Vector)];
+    EP_UNROLL
+    for (int i = 0; i < kPacks; ++i)
+        narrow<Fp8, kPack>(bytes + i * kPack, scaled(by.inverse, values[i]));
+    Vector cast;
+    __builtin_memcpy(&cast, bytes, sizeof cast);
+    return cast;
+}
+
+// Channels [begin, end) of a row.
+struct Slice {
+    int begin, end;
+};
+
+// Casts channels of one row to float8_e4m3fn with a scale per kScaleGroup channels, into each
+// target. A group belongs to as many lanes as have 16 channels of it each, or to the whole of a
+// narrower warp.
 template <Element kType>
-EP_DEVICE void cast_fan_out(const RowTargets &to, const char *from, int hidden, bool power_of_two) {
-    constexpr int kPacksOfGroup = kScaleGroup / kPack;
-    constexpr int kLanes = kWarpSize < kPacksOfGroup ? kWarpSize : kPacksOfGroup;
-    constexpr int kPacks = kPacksOfGroup / kLanes;  // of a lane
-    const int lane = Warp::rank() % kLanes, groups_at_once = Block::size() / kLanes;
-    const int groups = hidden / kScaleGroup;
-    for (int first = 0; first < groups; first += groups_at_once) {
-        const int group = first + Block::rank() / kLanes;
-        const bool inside = group < groups;  // all lanes stay for max_over
-        const int channel = group * kScaleGroup + lane * kPacks * kPack;
+EP_DEVICE void cast_fan_out(const RowTargets &to, const char *from, Slice slice,
+                            bool power_of_two) {
+    constexpr int kLaneChannels = kScaleGroup / kWarpSize > 16 ? kScaleGroup / kWarpSize : 16;
+    constexpr int kLanes = kScaleGroup / kLaneChannels;
+    constexpr int kPacks = kLaneChannels / kPack;
+    const int lane = Warp::rank() % kLanes, groups_at_once = Warp::size() / kLanes;
+    const int group_end = slice.end / kScaleGroup;
+    for (int first = slice.begin / kScaleGroup; first < group_end; first += groups_at_once) {
+        const int group = first + Warp::rank() / kLanes;
+        const bool inside = group < group_end;  // all lanes stay for max_over
+        const int channel = group * kScaleGroup + lane * kLaneChannels;
         Pack<kPack> values[kPacks] = {};
         EP_UNROLL
         for (int i = 0; inside && i < kPacks; ++i)
@@ -155,8 +183,8 @@ EP_DEVICE void cast_fan_out(const RowTargets &to, const char *from, int hidden, 
         const float amax = Warp::max_over<kLanes>(max_magnitude(values));
         if (!inside) continue;
         const Fp8Scale scale = Fp8Scale::of(amax, power_of_two);
-        struct alignas(8) {
-            char bytes[kPacks * kPack];
+        struct alignas(16) {
+            char bytes[kLaneChannels];
         } cast;
         EP_UNROLL
         for (int i = 0; i < kPacks; ++i)

@@ -1,12 +1,11 @@
 // combine: each rank sums its experts' rows of a token and sends one row back; the token's owner
-// sums those.
+// sums those. One launch, whose blocks have roles (before it another, if weights come only now:
+// owners push them to where their tokens are):
 //
-//   begin    one block  opens the round, and tells every peer that this rank has come this far
-//   weights  the grid   if weights come only now: owners push them to where their tokens are
-//   send     the grid   for each token received: weighs and sums its rows, one row to its owner
-//   receive  the grid   for each own token: waits for the rows of its ranks, sums them in rank
-//                       order; one block also waits until every peer has begun the round (see
-//                       ARCHITECTURE.md, reuse of slots)
+//   counter    tells every peer that this rank has begun the round, and at the end waits until every
+//              peer has (see ARCHITECTURE.md, reuse of slots)
+//   senders    for each token received: weigh and sum its rows, one row to its owner
+//   receivers  for each own token: wait for the rows of its ranks, and sum them in rank order
 //
 // All sums are in fp32, in an order that depends on nothing but the routing.
 #pragma once
@@ -14,46 +13,41 @@
 #include "device/device.h"
 #include "kernels/cast.h"
 #include "kernels/kernels.h"
+#include "kernels/lines.h"
 #include "kernels/routing.h"
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
-// One block.
-EP_KERNEL combine_begin(const CombineArgs a) {
-    const Round &r = a.round;
-    if (Block::rank() == 0) r.routing.state->combine_epoch = ++r.state->combine_epoch;
-    Block::sync();
-    const uint64_t epoch = r.routing.state->combine_epoch;
-    for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size())
-        if (peer != r.rank && is_active(r, peer))
-            publish(r.layout.arrival(r.windows[peer], epoch, r.rank), Signal::pack(epoch, 0));
+// Rounds of combine. By value into the kernels' words: one buffer's, one handle's.
+EP_DEVICE uint64_t combine_epoch_of(const Round &r) {
+    return epoch_of(r, r.state->combine_tickets, r.routing.state->combine_epoch);
 }
 
-// One block per own token: a weight for each entry of each of its messages.
+// Before the launch that sends. One warp per own token: a weight for each entry of each of its messages.
 EP_KERNEL combine_weights(const CombineArgs a) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
-    const uint64_t epoch = r.routing.state->combine_epoch;
-    for (int token = grid_index<Block>(); token < r.token_count; token += grid_count<Block>()) {
+    const uint64_t epoch = combine_epoch_of(r);
+    for (int token = grid_index<Warp>(); token < r.token_count; token += grid_count<Warp>()) {
         const int32_t *choices = r.routing.choices + token * r.topk;
         const float *weights = a.topk_weights + token * r.topk;
         for (int peer = next_owner(layout, choices, r.topk, -1); peer < layout.shape.rank_count;
              peer = next_owner(layout, choices, r.topk, peer)) {
-            if (peer == r.rank || !Block::all(is_active(r, peer))) continue;
+            if (peer == r.rank || !Warp::broadcast(int{is_active(r, peer)})) continue;
             const ExpertRange range = ExpertRange::of(layout, peer);
             char *weight = layout.weight(r.windows[peer], epoch, peer, r.rank, token);
-            for (int k = Block::rank(); k < r.topk; k += Block::size())
+            for (int k = Warp::rank(); k < r.topk; k += Warp::size())
                 if (range.has(choices[k]))
                     Layout::weight_values(weight)[entries_before(choices, k, range)] =
                         merged_weight(choices, weights, k, r.topk);
             uint64_t *const flags[kFanOut] = {Layout::flag(weight)};
             const uint64_t signals[kFanOut] = {Signal::pack(epoch, 0)};
-            publish_all<Block>(flags, signals, 1);
+            publish_all<Warp>(flags, signals, 1);
         }
     }
 }
 
-// Rows to be weighed and summed; nullptr: a row that broke a limit. The threads of a block share
+// Rows to be weighed and summed; nullptr: a row that broke a limit. The lanes of a warp share
 // them.
 struct Terms {
     const char *row[kTopkMax];
@@ -61,19 +55,19 @@ struct Terms {
     int count;
 };
 
-// The rows of a token's local experts, with their weights. The whole block.
+// The rows of a token's local experts, with their weights. One warp.
 template <Element kType>
 EP_DEVICE void put_terms(const CombineArgs &a, size_t slot, const float *weights, Terms *terms) {
     const Round &r = a.round;
     const int32_t *rows = r.routing.rows + slot * r.layout.shape.topk_max;
     const int count = r.routing.row_counts[slot];
     const size_t row_bytes = size_t(r.hidden) * element_bytes(kType);
-    for (int i = Block::rank(); i < count; i += Block::size()) {
+    for (int i = Warp::rank(); i < count; i += Warp::size()) {
         const int32_t row = rows[i];
         terms->row[i] = row < 0 ? nullptr : a.x + row * row_bytes;
         if (weights != nullptr) terms->weight[i] = weights[i];
     }
-    if (Block::rank() == 0) terms->count = count;
+    if (Warp::rank() == 0) terms->count = count;
 }
 
 // The terms' sum over some channels. Several rows are loaded before the first is added.
@@ -94,65 +88,16 @@ EP_DEVICE Pack<kCount> sum_terms(const Terms &terms, int channel) {
     return sum;
 }
 
+// The sum of a whole row's terms, to `row`. One warp.
 template <Element kType, Element kPartial>
 EP_DEVICE void reduce_terms(const Terms &terms, int hidden, char *row) {
-    int channel = Block::rank() * kPack;
-    for (; channel + kPack <= hidden; channel += Block::size() * kPack)
+    int channel = Warp::rank() * kPack;
+    for (; channel + kPack <= hidden; channel += Warp::size() * kPack)
         store_channels<kPartial, kPack>(row, channel, sum_terms<kType, kPack>(terms, channel));
     if constexpr (kPackMin < kPack)
         for (; channel < hidden; channel += kPackMin)
             store_channels<kPartial, kPackMin>(row, channel,
                                                sum_terms<kType, kPackMin>(terms, channel));
-}
-
-// The weights that the owner of a token has given to this combine; nullptr if it failed.
-EP_DEVICE const float *await_weights(const CombineArgs &a, const Wait &wait, int source,
-                                     int token) {
-    const Round &r = a.round;
-    const uint64_t epoch = r.routing.state->combine_epoch;
-    char *weight = r.layout.weight(r.windows[r.rank], epoch, r.rank, source, token);
-    uint64_t signal;
-    if (!wait.until<Warp>(Layout::flag(weight), epoch, source, &signal)) return nullptr;
-    return Layout::weight_values(weight);
-}
-
-// One block per (source, token) that dispatch received.
-template <Element kType, Element kPartial>
-EP_KERNEL combine_send(const CombineArgs a) {
-    EP_SHARED(Terms, terms);
-    const Round &r = a.round;
-    const int ranks = r.layout.shape.rank_count, slots = r.layout.shape.token_count_max;
-    const uint64_t epoch = r.routing.state->combine_epoch;
-    const Wait wait(r);
-    for (int i = grid_index<Block>(); i < (ranks - 1) * slots; i += grid_count<Block>()) {
-        const int source = (r.rank + 1 + i / slots) % ranks, token = i % slots;
-        const size_t slot = size_t(source) * slots + token;
-        if (token >= r.routing.token_counts[source] || r.routing.row_counts[slot] == 0) continue;
-        const float *weights = a.topk_weights == nullptr
-                                   ? r.routing.weights + slot * r.layout.shape.topk_max
-                                   : await_weights(a, wait, source, token);
-        // Also a barrier, before this token's terms take the place of the last one's.
-        if (!Block::all(weights != nullptr && is_active(r, source))) continue;
-        put_terms<kType>(a, slot, weights, &terms);
-        Block::sync();
-        char *partial = r.layout.partial(r.windows[source], epoch, source, r.rank, token);
-        reduce_terms<kType, kPartial>(terms, r.hidden, Layout::partial_row(partial));
-        uint64_t *const flags[kFanOut] = {Layout::flag(partial)};
-        const uint64_t signals[kFanOut] = {Signal::pack(epoch, 0)};
-        publish_all<Block>(flags, signals, 1);
-    }
-}
-
-// Until every peer has begun the round; by one block, beside the others.
-EP_DEVICE void await_arrivals(const CombineArgs &a, const Wait &wait) {
-    const Round &r = a.round;
-    const uint64_t epoch = r.routing.state->combine_epoch;
-    for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
-        uint64_t signal;
-        if (peer != r.rank)
-            wait.until<Thread>(r.layout.arrival(r.windows[r.rank], epoch, peer), epoch, peer,
-                               &signal);
-    }
 }
 
 // What is summed for one own token: the parts in rank order, where nullptr stands for this rank's
@@ -163,7 +108,117 @@ struct Parts {
     Terms own;
 };
 
-// The weighted rows of an own token's local experts. The whole block.
+// What the threads of a block share: each warp's own.
+struct CombineShared {
+    Parts parts[kWarpsOfBlockMax];
+};
+
+// ---- Sending ------------------------------------------------------------------------------------
+
+// A token that dispatch received, whose rows a warp sums.
+struct Outgoing {
+    uint64_t epoch;
+    int source, token;
+};
+
+// The weights that the owner of a token has given to this combine; nullptr if it failed. One warp.
+EP_DEVICE const float *await_weights(const Wait &wait, const Outgoing &out) {
+    const Round &r = wait.round;
+    char *weight = r.layout.weight(r.windows[r.rank], out.epoch, r.rank, out.source, out.token);
+    uint64_t signal;
+    if (!wait.until<Warp>(Layout::flag(weight), out.epoch, out.source, &signal)) return nullptr;
+    return Layout::weight_values(weight);
+}
+
+// The token's terms; false if nothing is to be sent. One warp.
+template <Element kType>
+EP_DEVICE bool find_terms(const CombineArgs &a, const Wait &wait, const Outgoing &out,
+                          Terms *terms) {
+    const Round &r = a.round;
+    const size_t slot = size_t(out.source) * r.layout.shape.token_count_max + out.token;
+    if (r.routing.row_counts[slot] == 0) return false;
+    if (!Warp::broadcast(int{is_active(r, out.source)})) return false;
+    const float *weights = a.topk_weights == nullptr
+                               ? r.routing.weights + slot * r.layout.shape.topk_max
+                               : await_weights(wait, out);
+    if (weights == nullptr) return false;
+    Warp::sync();  // before these terms take the place of the last ones
+    put_terms<kType>(a, slot, weights, terms);
+    Warp::sync();
+    return true;
+}
+
+template <Element kType, Element kPartial>
+EP_DEVICE void send_partial(const CombineArgs &a, const Outgoing &out, const Terms &terms) {
+    const Round &r = a.round;
+    char *partial = r.layout.partial(r.windows[out.source], out.epoch, out.source, r.rank, out.token);
+    reduce_terms<kType, kPartial>(terms, r.hidden, Layout::partial_row(partial));
+    uint64_t *const flags[kFanOut] = {Layout::flag(partial)};
+    const uint64_t signals[kFanOut] = {Signal::pack(out.epoch, 0)};
+    publish_all<Warp>(flags, signals, 1);
+}
+
+// How many channels a piece of a partial row holds.
+template <Element kPartial>
+constexpr int kPieceChannels = static_cast<int>(Layout::kPieceBytes) / element_bytes(kPartial);
+
+// The terms' sums over this lane's pieces.
+template <Element kType, Element kPartial>
+EP_DEVICE void sum_part(const Part &part, const Terms &terms, size_t row_bytes,
+                        Pack<kPieceChannels<kPartial>> (&sums)[kStepsOfPart]) {
+    constexpr int kChannels = kPieceChannels<kPartial>;
+    EP_UNROLL
+    for (int step = 0; step < kStepsOfPart; ++step) {
+        sums[step] = {};
+        if (part.has_piece(step, row_bytes))
+            sums[step] = sum_terms<kType, kChannels>(terms, part.piece(step) * kChannels);
+    }
+}
+
+template <Element kType, Element kPartial>
+EP_DEVICE void push_partial(const CombineArgs &a, const Outgoing &out, const Part &part,
+                            const Terms &terms) {
+    const Round &r = a.round;
+    constexpr int kChannels = kPieceChannels<kPartial>;
+    Pack<kChannels> sums[kStepsOfPart];
+    sum_part<kType, kPartial>(part, terms, size_t(r.hidden) * element_bytes(kPartial), sums);
+    Pieces pieces;
+    EP_UNROLL
+    for (int step = 0; step < kStepsOfPart; ++step) {
+        alignas(16) char bytes[sizeof(Vector)];
+        store_channels<kPartial, kChannels>(bytes, 0, sums[step]);
+        __builtin_memcpy(&pieces.step[step], bytes, sizeof bytes);
+    }
+    push_part(part, r.layout.partial(r.windows[out.source], out.epoch, out.source, r.rank, out.token),
+              pieces, Signal::pack(out.epoch, 0));
+}
+
+// A warp per token that dispatch received, or by line per part of one.
+template <Carriage kCarriage, Element kType, Element kPartial>
+EP_DEVICE void send_partials(const CombineArgs &a, uint64_t epoch, const Role &role, Terms *terms) {
+    const Round &r = a.round;
+    const Wait wait(r);
+    const int ranks = r.layout.shape.rank_count, warps = Warp::count_in_block();
+    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
+    const int parts = kCarriage == Carriage::kLine ? Part::count(row_bytes) : 1;
+    for (int step = 1; step < ranks; ++step) {
+        const int source = (r.rank + step) % ranks;
+        const int items = Signal::value(r.routing.token_counts[source]) * parts;
+        for (int i = role.sender * warps + Warp::index_in_block(); i < items;
+             i += role.sender_count * warps) {
+            const Outgoing out{epoch, source, i / parts};
+            if (!find_terms<kType>(a, wait, out, terms)) continue;
+            if constexpr (kCarriage == Carriage::kLine)
+                push_partial<kType, kPartial>(a, out, Part(i % parts, row_bytes), *terms);
+            else
+                send_partial<kType, kPartial>(a, out, *terms);
+        }
+    }
+}
+
+// ---- Receiving ----------------------------------------------------------------------------------
+
+// The weighted rows of an own token's local experts. One warp.
 template <Element kType>
 EP_DEVICE void put_own_terms(const CombineArgs &a, int token, Terms *terms) {
     const Round &r = a.round;
@@ -175,17 +230,17 @@ EP_DEVICE void put_own_terms(const CombineArgs &a, int token, Terms *terms) {
     const ExpertRange range = ExpertRange::of(r.layout, r.rank);
     const int32_t *choices = r.routing.choices + token * r.topk;
     const float *weights = a.topk_weights + token * r.topk;
-    for (int k = Block::rank(); k < r.topk; k += Block::size())
+    for (int k = Warp::rank(); k < r.topk; k += Warp::size())
         if (range.has(choices[k]))
             terms->weight[entries_before(choices, k, range)] =
                 merged_weight(choices, weights, k, r.topk);
 }
 
-// Waits for the rows of a token's ranks. The first warp.
-EP_DEVICE void await_parts(const CombineArgs &a, const Wait &wait, int token, Parts *parts) {
+// Waits for the rows of a token's ranks. One warp.
+EP_DEVICE void await_parts(const CombineArgs &a, const Wait &wait, uint64_t epoch, int token,
+                           Parts *parts) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
-    const uint64_t epoch = r.routing.state->combine_epoch;
     const int32_t *choices = r.routing.choices + token * r.topk;
     int count = 0;
     for (int peer = next_owner(layout, choices, r.topk, -1); peer < layout.shape.rank_count;
@@ -213,74 +268,163 @@ EP_DEVICE Pack<kCount> sum_parts(const Parts &parts, int channel) {
     return sum;
 }
 
-// One block per own token.
+// One warp.
 template <Element kType, Element kPartial>
-EP_KERNEL combine_receive(const CombineArgs a) {
-    EP_SHARED(Parts, parts);
+EP_DEVICE void receive_token(const CombineArgs &a, const Wait &wait, uint64_t epoch, int token,
+                             Parts *parts) {
+    const Round &r = a.round;
+    put_own_terms<kType>(a, token, &parts->own);
+    await_parts(a, wait, epoch, token, parts);
+    Warp::sync();
+    char *row = a.out + token * a.out_stride;
+    int channel = Warp::rank() * kPack;
+    for (; channel + kPack <= r.hidden; channel += Warp::size() * kPack)
+        store_channels<kType, kPack>(row, channel,
+                                     sum_parts<kType, kPartial, kPack>(*parts, channel));
+    if constexpr (kPackMin < kPack)
+        for (; channel < r.hidden; channel += kPackMin)
+            store_channels<kType, kPackMin>(
+                row, channel, sum_parts<kType, kPartial, kPackMin>(*parts, channel));
+    Warp::sync();  // before the next token's parts take the place of this one's
+}
+
+// Waits for a part of a peer's row by line. False if the peer has failed. One warp.
+EP_DEVICE bool await_line_part(const Wait &wait, uint64_t epoch, int peer, const Part &part,
+                               char *lines, PartArrival *arrival) {
+    for (uint32_t attempt = 0;; ++attempt) {
+        const bool whole = arrival->pull_rest(part, lines, epoch);
+        if (!Warp::broadcast(int{is_active(wait.round, peer)})) return false;
+        if (whole) return true;
+        wait.lapse<Warp>(peer, attempt);
+    }
+}
+
+// One part of an own token by line. One warp.
+template <Element kType, Element kPartial>
+EP_DEVICE void receive_token_part(const CombineArgs &a, const Wait &wait, uint64_t epoch, int token,
+                                  const Part &part, Terms *terms) {
+    const Round &r = a.round;
+    const Layout &layout = r.layout;
+    constexpr int kChannels = kPieceChannels<kPartial>;
+    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
+    put_own_terms<kType>(a, token, terms);
+    Warp::sync();
+    Pack<kChannels> own[kStepsOfPart], sums[kStepsOfPart] = {};
+    sum_part<kType, kPartial>(part, *terms, row_bytes, own);
+    const int32_t *choices = r.routing.choices + token * r.topk;
+    for (int peer = next_owner(layout, choices, r.topk, -1); peer < layout.shape.rank_count;
+         peer = next_owner(layout, choices, r.topk, peer)) {
+        PartArrival arrival;
+        char *lines = layout.partial(r.windows[r.rank], epoch, r.rank, peer, token);
+        if (peer != r.rank && !await_line_part(wait, epoch, peer, part, lines, &arrival)) continue;
+        EP_UNROLL
+        for (int step = 0; step < kStepsOfPart; ++step) {
+            alignas(16) char bytes[sizeof(Vector)];
+            __builtin_memcpy(bytes, &arrival.pieces.step[step], sizeof bytes);
+            add(&sums[step],
+                peer == r.rank ? own[step] : load_channels<kPartial, kChannels>(bytes, 0));
+        }
+    }
+    EP_UNROLL
+    for (int step = 0; step < kStepsOfPart; ++step)
+        if (part.has_piece(step, row_bytes))
+            store_channels<kType, kChannels>(a.out + token * a.out_stride,
+                                             part.piece(step) * kChannels, sums[step]);
+    Warp::sync();  // before the next token's terms take the place of this one's
+}
+
+// A warp per own token, or by line per part of one.
+template <Carriage kCarriage, Element kType, Element kPartial>
+EP_DEVICE void receive_tokens(const CombineArgs &a, uint64_t epoch, const Role &role,
+                              Parts *warp_parts) {
     const Round &r = a.round;
     const Wait wait(r);
-    if (grid_index<Block>() == 0) await_arrivals(a, wait);
-    for (int token = grid_index<Block>(); token < r.token_count; token += grid_count<Block>()) {
-        put_own_terms<kType>(a, token, &parts.own);
-        if (Warp::index_in_block() == 0) await_parts(a, wait, token, &parts);
-        Block::sync();
-        char *row = a.out + token * a.out_stride;
-        int channel = Block::rank() * kPack;
-        for (; channel + kPack <= r.hidden; channel += Block::size() * kPack)
-            store_channels<kType, kPack>(row, channel,
-                                         sum_parts<kType, kPartial, kPack>(parts, channel));
-        if constexpr (kPackMin < kPack)
-            for (; channel < r.hidden; channel += kPackMin)
-                store_channels<kType, kPackMin>(
-                    row, channel, sum_parts<kType, kPartial, kPackMin>(parts, channel));
-        Block::sync();  // before the next token's parts take the place of this one's
+    const int warps = Warp::count_in_block();
+    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
+    const int parts = kCarriage == Carriage::kLine ? Part::count(row_bytes) : 1;
+    for (int i = role.receiver * warps + Warp::index_in_block(); i < r.token_count * parts;
+         i += role.receiver_count * warps) {
+        if constexpr (kCarriage == Carriage::kLine)
+            receive_token_part<kType, kPartial>(a, wait, epoch, i / parts,
+                                                Part(i % parts, row_bytes), &warp_parts->own);
+        else
+            receive_token<kType, kPartial>(a, wait, epoch, i, warp_parts);
     }
 }
 
-template <Element kType, Element kPartial>
-int launch_combine_send(const CombineArgs &args, const Queue &queue) {
-    const Shape &shape = args.round.layout.shape;
-    launch_one(combine_begin, args, queue);
-    if (args.topk_weights != nullptr)
-        launch_all(combine_weights, args, queue, args.round.token_count);
-    launch_all(combine_send<kType, kPartial>, args, queue,
-               (shape.rank_count - 1) * shape.token_count_max);
+// ---- Roles --------------------------------------------------------------------------------------
+
+EP_DEVICE void tell_peers(const Round &r, uint64_t epoch) {
+    if (Block::rank() == 0) r.routing.state->combine_epoch = epoch;
+    for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size())
+        if (peer != r.rank && is_active(r, peer))
+            post(r.layout.arrival(r.windows[peer], epoch, r.rank), Signal::pack(epoch, 0));
+}
+
+// Until every peer has begun the round.
+EP_DEVICE void await_arrivals(const Round &r, uint64_t epoch) {
+    const Wait wait(r);
+    for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
+        uint64_t signal;
+        if (peer != r.rank)
+            wait.until_posted(r.layout.arrival(r.windows[r.rank], epoch, peer), epoch, peer,
+                              &signal);
+    }
+}
+
+template <Carriage kCarriage, Element kType, Element kPartial>
+EP_KERNEL combine_kernel(const CombineArgs a) {
+    EP_SHARED(CombineShared, shared);
+    const Round &r = a.round;
+    const Role role = Role::of(r);
+    const uint64_t epoch = combine_epoch_of(r);
+    Parts *parts = &shared.parts[Warp::index_in_block()];
+    if (role.counts && r.sends()) tell_peers(r, epoch);
+    if (role.sender >= 0 && r.sends())
+        send_partials<kCarriage, kType, kPartial>(a, epoch, role, &parts->own);
+    if (role.receiver >= 0 && r.receives())
+        receive_tokens<kCarriage, kType, kPartial>(a, epoch, role, parts);
+    if (role.counts && r.receives()) await_arrivals(r, epoch);
+    if (r.sends()) hand_in(&r.state->combine_tickets);
+}
+
+// ---- Launching ----------------------------------------------------------------------------------
+
+template <Carriage kCarriage, Element kType, Element kPartial>
+int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
+    Round &r = args.round;
+    const Shape &shape = r.layout.shape;
+    const int parts = kCarriage == Carriage::kLine
+                          ? Part::count(size_t(r.hidden) * element_bytes(kPartial))
+                          : 1;
+    set_roles(&r, queue, (shape.rank_count - 1) * shape.token_count_max * parts,
+              r.token_count * parts);
+    r.phases = Phases::kSend;
+    if (has_phase(phases, Phases::kSend) && args.topk_weights != nullptr)
+        launch_all(combine_weights, args, queue, r.token_count);
+    launch_phases(combine_kernel<kCarriage, kType, kPartial>, args, phases, queue);
     return launch_error();
 }
 
 template <Element kType, Element kPartial>
-int launch_combine_receive(const CombineArgs &args, const Queue &queue) {
-    // At least one block: it waits for the peers' arrival.
-    const int tokens = args.round.token_count;
-    launch_all(combine_receive<kType, kPartial>, args, queue, tokens > 0 ? tokens : 1);
-    return launch_error();
+int launch_combine(const CombineArgs &args, Phases phases, const Queue &queue) {
+    if constexpr (kLineTokenCountMax > 0)
+        if (args.round.layout.shape.carriage == Carriage::kLine)
+            return launch_combine<Carriage::kLine, kType, kPartial>(args, phases, queue);
+    return launch_combine<Carriage::kFlag, kType, kPartial>(args, phases, queue);
 }
 
-inline int launch_combine_send(const CombineArgs &args, const Queue &queue) {
+inline int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
     const bool wide = args.fp32_partials;
     switch (args.x_type) {
         case Element::kBf16:
-            return wide ? launch_combine_send<Element::kBf16, Element::kFp32>(args, queue)
-                        : launch_combine_send<Element::kBf16, Element::kBf16>(args, queue);
+            return wide ? launch_combine<Element::kBf16, Element::kFp32>(args, phases, queue)
+                        : launch_combine<Element::kBf16, Element::kBf16>(args, phases, queue);
         case Element::kFp16:
-            return wide ? launch_combine_send<Element::kFp16, Element::kFp32>(args, queue)
-                        : launch_combine_send<Element::kFp16, Element::kFp16>(args, queue);
+            return wide ? launch_combine<Element::kFp16, Element::kFp32>(args, phases, queue)
+                        : launch_combine<Element::kFp16, Element::kFp16>(args, phases, queue);
         default:
-            return launch_combine_send<Element::kFp32, Element::kFp32>(args, queue);
-    }
-}
-
-inline int launch_combine_receive(const CombineArgs &args, const Queue &queue) {
-    const bool wide = args.fp32_partials;
-    switch (args.x_type) {
-        case Element::kBf16:
-            return wide ? launch_combine_receive<Element::kBf16, Element::kFp32>(args, queue)
-                        : launch_combine_receive<Element::kBf16, Element::kBf16>(args, queue);
-        case Element::kFp16:
-            return wide ? launch_combine_receive<Element::kFp16, Element::kFp32>(args, queue)
-                        : launch_combine_receive<Element::kFp16, Element::kFp16>(args, queue);
-        default:
-            return launch_combine_receive<Element::kFp32, Element::kFp32>(args, queue);
+            return launch_combine<Element::kFp32, Element::kFp32>(args, phases, queue);
     }
 }
 

@@ -10,8 +10,12 @@ namespace ep {
 // One per buffer, in device memory; the kernels advance the epochs, so that a launch may be
 // replayed.
 struct BufferState {
-    uint64_t dispatch_epoch, combine_epoch;  // of the last round sent
+    uint64_t dispatch_tickets, combine_tickets;  // kTicketsOfRound for each round sent
     uint64_t invalid_expert_ids, invalid_messages;
+
+    // The blocks of the launch that sends a round hand in so many together, each at its end: until
+    // the last has, the quotient is the epoch of the round before, for whoever looks.
+    static constexpr uint64_t kTicketsOfRound = uint64_t{1} << 16;
 };
 
 struct HandleState {
@@ -28,12 +32,19 @@ struct Routing {
     int32_t *choices;  // [token][topk]  of this rank's tokens
     int32_t
         *positions;  // [token][topk]  rank of the choice among this rank's tokens for that expert
-    int32_t *token_counts;  // [source]     tokens of each rank; 0 for a masked one
-    int32_t *begins;        // [local expert][source + 1]  first row of each source; the end
+    uint64_t *token_counts;  // [source]  Signal: tokens of each rank; 0 for a masked one
+    uint64_t *begins;        // [local expert][source + 1]  Signal: first row of each source; the end
     int32_t *row_counts;    // [slot]  distinct local experts of a token
     int32_t *rows;   // [slot][topk_max]  their rows, counted over all experts' regions; -1: none
     float *weights;  // [slot][topk_max]  their weights
 };
+
+// Which half of an operation a launch does.
+enum class Phases : int32_t { kSend = 1, kReceive = 2, kBoth = 3 };
+
+EP_HOST_DEVICE constexpr bool has_phase(Phases phases, Phases one) {
+    return (static_cast<int32_t>(phases) & static_cast<int32_t>(one)) != 0;
+}
 
 // What any round knows.
 struct Round {
@@ -49,6 +60,13 @@ struct Round {
     int hidden;
     Caching caching;  // of rows
 
+    // Of the launch, filled in by its launcher; see Role.
+    Phases phases;
+    int sender_block_count, receiver_block_count;
+
+    EP_HOST_DEVICE bool sends() const { return has_phase(phases, Phases::kSend); }
+    EP_HOST_DEVICE bool receives() const { return has_phase(phases, Phases::kReceive); }
+
     static constexpr uint64_t kNever = ~uint64_t{0};
 };
 
@@ -62,7 +80,7 @@ enum class Quant : int32_t { kNone, kFp8, kFp8Pow2 };
 
 struct DispatchArgs {
     Round round;
-    int32_t *tally;  // scratch [Kernels::tally_count][E]
+    int32_t *tally;  // scratch [tally_row_count(sender blocks)][E]
     const void *topk_idx;
     int topk_idx_bytes;         // 4 or 8
     const float *topk_weights;  // nullptr: all 1
@@ -92,13 +110,18 @@ struct CombineArgs {
     size_t out_stride;  // bytes from token to token
 };
 
-// Each returns 0 or the device runtime's error. `tally_count` is for the scratch of DispatchArgs.
+// Rows of DispatchArgs::tally for launches of at most so many sender blocks: each block's counts,
+// then, for blocks whose shared memory is too small, each block's next numbers, the counter's last.
+constexpr int tally_row_count(int sender_block_count) {
+    return 2 * sender_block_count + 1;
+}
+
+// Each returns 0 or the device runtime's error.
 struct Kernels {
-    int tally_count;
-    int (*dispatch_send)(const DispatchArgs &args, const Queue &queue);
-    int (*dispatch_receive)(const DispatchArgs &args, const Queue &queue);
-    int (*combine_send)(const CombineArgs &args, const Queue &queue);
-    int (*combine_receive)(const CombineArgs &args, const Queue &queue);
+    int (*sender_block_count_max)(const Queue &queue);
+    int (*dispatch)(DispatchArgs args, Phases phases, const Queue &queue);
+    int (*combine)(CombineArgs args, Phases phases, const Queue &queue);
+    int line_token_count_max;  // of a buffer whose messages may go by line
 };
 
 }  // namespace ep

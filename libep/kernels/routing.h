@@ -51,6 +51,50 @@ EP_DEVICE bool is_active(const Round &round, int rank) {
     return rank == round.rank || load(&round.active[rank]) != 0;
 }
 
+// What a block of a launch does. Devices whose blocks run beside each other have blocks for each
+// job, in this order, so that those that others wait for are the first on the device: the counter
+// waits for peers' counters only, senders for the counter, receivers for all. Elsewhere each block
+// does its share of every job, one after the other.
+struct Role {
+    bool counts;
+    int sender, sender_count;      // -1: not a sender
+    int receiver, receiver_count;  // -1: not a receiver
+
+    EP_DEVICE static Role of(const Round &round) {
+        const int block = static_cast<int>(grid_index<Block>());
+        if constexpr (!kRolesApart)
+            return {block == 0, block, static_cast<int>(grid_count<Block>()), block,
+                    static_cast<int>(grid_count<Block>())};
+        const int sender = block - 1, receiver = sender - round.sender_block_count;
+        return {block == 0, receiver >= 0 ? -1 : sender, round.sender_block_count,
+                receiver >= 0 ? receiver : -1, round.receiver_block_count};
+    }
+};
+
+// The epoch of a launch's round. A handle's own is of the round that it sent last.
+EP_DEVICE uint64_t epoch_of(const Round &round, const uint64_t &tickets, const uint64_t &sent) {
+    return round.sends() ? load(&tickets) / BufferState::kTicketsOfRound + 1 : sent;
+}
+
+// Ends a block of a launch that sends.
+EP_DEVICE void hand_in(uint64_t *tickets) {
+    Block::sync();
+    if (Block::rank() != 0) return;
+    const uint64_t others = grid_count<Block>() - 1;
+    const bool first = grid_index<Block>() == 0;
+    fetch_add(tickets, first ? BufferState::kTicketsOfRound - others : uint64_t{1});
+}
+
+// A word that the counter of this launch, or of the one before it, posts when it has decided. It
+// does so in the end, whatever peers do.
+EP_DEVICE int decided(const uint64_t *word, uint64_t epoch) {
+    for (uint32_t attempt = 0;; ++attempt) {
+        const uint64_t signal = look(word);
+        if (Signal::is_of(signal, epoch)) return Signal::value(signal);
+        pause(attempt);
+    }
+}
+
 // Waits of one block; their deadline counts from its start.
 struct Wait {
     const Round &round;
@@ -62,17 +106,59 @@ struct Wait {
     // deadline, which masks it. The whole group gets the same answer.
     template <class Group>
     EP_DEVICE bool until(const uint64_t *word, uint64_t epoch, int source, uint64_t *value) const {
-        constexpr uint32_t kLooksPerClock = 32;  // the clock costs more than a look
         for (uint32_t attempt = 0;; ++attempt) {
             *value = observe<Group>(word);
             if (!Group::broadcast(int{is_active(round, source)})) return false;
             if (Signal::is_of(*value, epoch)) return true;
-            if (attempt % kLooksPerClock == kLooksPerClock - 1 && Group::rank() == 0 &&
-                now_ns() - began_ns > round.timeout_ns)
-                store(&round.active[source], 0);
-            pause(attempt);
+            lapse<Group>(source, attempt);
         }
     }
+
+    // The same for a posted word; one thread.
+    EP_DEVICE bool until_posted(const uint64_t *word, uint64_t epoch, int source,
+                                uint64_t *value) const {
+        for (uint32_t attempt = 0;; ++attempt) {
+            *value = look(word);
+            if (!is_active(round, source)) return false;
+            if (Signal::is_of(*value, epoch)) return true;
+            lapse<Thread>(source, attempt);
+        }
+    }
+
+    // Between two looks. At the deadline, masks the source.
+    template <class Group>
+    EP_DEVICE void lapse(int source, uint32_t attempt) const {
+        constexpr uint32_t kLooksPerClock = 32;  // the clock costs more than a look
+        if (attempt % kLooksPerClock == kLooksPerClock - 1 && Group::rank() == 0 &&
+            now_ns() - began_ns > round.timeout_ns)
+            store(&round.active[source], 0);
+        pause(attempt);
+    }
 };
+
+// Shares out the blocks of a launch, for so many things to send and to receive.
+inline void set_roles(Round *round, const Queue &queue, int send_count, int receive_count) {
+    const int senders = sender_block_count_max(queue), receivers = receiver_block_count_max(queue);
+    const auto between = [](int count, int most) { return count < 1 ? 1 : count < most ? count : most; };
+    round->sender_block_count = kRolesApart ? between(send_count, senders) : senders;
+    round->receiver_block_count = kRolesApart ? between(receive_count, receivers) : receivers;
+}
+
+// Launches a kernel that has roles.
+template <class Args>
+void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &queue) {
+    Round &r = args.round;
+    const int blocks = kRolesApart ? 1 + r.sender_block_count + r.receiver_block_count
+                                   : r.sender_block_count;
+    for (const Phases one : {Phases::kSend, Phases::kReceive}) {
+        if (kRolesApart && phases == Phases::kBoth) break;
+        if (!has_phase(phases, one)) continue;
+        r.phases = one;
+        launch(kernel, args, queue, blocks);
+    }
+    if (!kRolesApart || phases != Phases::kBoth) return;
+    r.phases = phases;
+    launch(kernel, args, queue, blocks);
+}
 
 }  // namespace ep::EP_DEVICE_NAMESPACE

@@ -11,6 +11,12 @@
 //   partials  [box][token]  Signal, then the row
 //
 // A box is a source other than the owner: a rank's own tokens never pass through its window.
+//
+// A message is carried in one of two ways, the same for all of a window:
+//   by flag  the head's Signal is published after all the rest
+//   by line  each line of 128 bytes carries 112 bytes of the message, and after them its own Signal
+//            and 8 bytes more, so that whoever sees the Signal has the line; the head takes lines of
+//            its own. For links that deliver a line whole.
 #pragma once
 
 #include "wire/message.h"
@@ -21,6 +27,8 @@
 
 namespace ep {
 
+enum class Carriage : int32_t { kFlag, kLine };
+
 struct Shape {
     int rank_count;
     int expert_count;
@@ -29,10 +37,13 @@ struct Shape {
     int slot_count;
     size_t row_bytes_max;      // payload of a dispatch message, scales included
     size_t partial_bytes_max;  // payload of a combine row
+    Carriage carriage = Carriage::kFlag;
 };
 
 struct Layout {
     static constexpr size_t kLineBytes = 128;  // of NVLink, L2 and two CPU cache lines
+    static constexpr size_t kPieceBytes = 16;  // what a lane moves at once
+    static constexpr int kPiecesOfLine = 7;    // of a line that carries its own Signal
 
     Shape shape;
     int local_expert_count;
@@ -46,14 +57,26 @@ struct Layout {
         return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
     }
 
+    // How many lines with Signals carry so many bytes.
+    EP_HOST_DEVICE static constexpr int signal_lines(size_t bytes) {
+        constexpr size_t kBytes = kPiecesOfLine * kPieceBytes;
+        return static_cast<int>((bytes + kBytes - 1) / kBytes);
+    }
+
     static Layout of(const Shape &shape) {
         Layout l{};
         l.shape = shape;
         l.local_expert_count = shape.expert_count / shape.rank_count;
-        l.head_bytes = lines(kHeadFlagBytes + sizeof(Entry) * shape.topk_max);
-        l.message_bytes = l.head_bytes + lines(shape.row_bytes_max);
+        if (shape.carriage == Carriage::kLine) {
+            l.head_bytes = kLineBytes * signal_lines(sizeof(Entry) * shape.topk_max);
+            l.message_bytes = l.head_bytes + kLineBytes * signal_lines(shape.row_bytes_max);
+            l.partial_bytes = kLineBytes * signal_lines(shape.partial_bytes_max);
+        } else {
+            l.head_bytes = lines(kHeadFlagBytes + sizeof(Entry) * shape.topk_max);
+            l.message_bytes = l.head_bytes + lines(shape.row_bytes_max);
+            l.partial_bytes = kLineBytes + lines(shape.partial_bytes_max);
+        }
         l.weight_bytes = lines(kHeadFlagBytes + sizeof(float) * shape.topk_max);
-        l.partial_bytes = kLineBytes + lines(shape.partial_bytes_max);
         const size_t boxed = size_t(shape.rank_count - 1) * shape.token_count_max;
         const auto carve = [](size_t *end, size_t bytes) {
             const size_t offset = *end;
@@ -98,7 +121,7 @@ struct Layout {
                index_in_boxes(owner, source, token) * partial_bytes;
     }
 
-    // Inside a message, a weight or a partial.
+    // Inside a message, a weight or a partial; all but the payload and the weight only by flag.
     EP_HOST_DEVICE static uint64_t *flag(char *head) { return word(head); }
     EP_HOST_DEVICE static Entry *entries(char *message) {
         return reinterpret_cast<Entry *>(message + kHeadFlagBytes);

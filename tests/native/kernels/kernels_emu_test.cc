@@ -52,6 +52,46 @@ TEST(EmuKernels, CarryFp8WithItsScales) {
     expect_rounds_are_right(small(Element::kFp8, Quant::kNone, Weights::kNone), 400, 1);
 }
 
+Rig by_line(Rig rig) {
+    rig.carriage = Carriage::kLine;
+    return rig;
+}
+
+TEST(EmuKernels, CarryRowsByLine) {
+    if (!kWide) GTEST_SKIP() << "a line takes 8 lanes";
+    Rig rig = by_line(small_bf16(Weights::kAtDispatch));
+    rig.hidden = 456;  // its last line is not full
+    expect_rounds_are_right(rig, 1000, 2);
+    rig.type = rig.combine_type = Element::kFp32;
+    rig.weights = Weights::kAtCombine;
+    rig.hidden = 264;  // two parts
+    expect_rounds_are_right(rig, 1010, 1);
+}
+
+TEST(EmuKernels, CarryFp8ByLine) {
+    if (!kWide) GTEST_SKIP() << "a line takes 8 lanes";
+    Rig rig = by_line(small(Element::kBf16, Quant::kFp8, Weights::kAtDispatch));
+    rig.hidden = 1024;  // two parts, the second with one group
+    expect_rounds_are_right(rig, 1100, 1);
+    rig.hidden = 384;
+    rig.quant = Quant::kFp8Pow2;
+    expect_rounds_are_right(rig, 1110, 1);
+    expect_rounds_are_right(by_line(small(Element::kFp8, Quant::kNone, Weights::kNone)), 1120, 1);
+}
+
+TEST(EmuKernels, ReceiveTwoRoundsByLineInEitherOrder) {
+    if (emu::kWarpSize != 32) GTEST_SKIP() << "shown at 32 lanes";
+    expect_either_order_is_right(by_line(small_bf16(Weights::kAtDispatch)), 1200);
+}
+
+TEST(EmuKernels, GoOnWithoutARankThatNeverStartsByLine) {
+    if (emu::kWarpSize != 32) GTEST_SKIP() << "shown at 32 lanes";
+    Rig rig = by_line(small_bf16(Weights::kNone));
+    rig.ranks = 3;
+    rig.experts = 6;
+    expect_survivors_go_on(rig, 1, 1300);
+}
+
 TEST(EmuKernels, TakeMoreChoicesThanAWarpHasLanes) {
     if (kWide) GTEST_SKIP() << "a token may not have that many";
     Rig rig = small_bf16(Weights::kAtCombine);
@@ -103,7 +143,7 @@ TEST(EmuKernels, GoOnWithoutARankThatNeverStarts) {
 }  // namespace
 
 Kernels kernels_under_test() {
-    return emu::kernels(emu::kWarpsPerBlock);
+    return emu::kernels();
 }
 
 }  // namespace ep::test

@@ -34,6 +34,7 @@ struct Rig {
     Quant quant = Quant::kNone;
     Weights weights = Weights::kAtDispatch;
     Element combine_type = Element::kBf16;
+    Carriage carriage = Carriage::kFlag;
     bool fp32_partials = false;
     int idx_bytes = 8;
     int rounds_in_flight = 2;
@@ -57,7 +58,7 @@ struct Rig {
     Layout layout() const {
         return Layout::of({ranks, experts, tokens_max, topk + spare_topk, 2 * rounds_in_flight,
                            out_row_bytes() + scale_bytes(),
-                           size_t(hidden) * (wide_partials() ? 4 : 2)});
+                           size_t(hidden) * (wide_partials() ? 4 : 2), carriage});
     }
 };
 
@@ -65,7 +66,8 @@ inline std::ostream &operator<<(std::ostream &out, const Rig &s) {
     return out << "R" << s.ranks << " E" << s.experts << " M" << s.tokens_max << " K" << s.topk
                << " H" << s.hidden << " type" << int(s.type) << " quant" << int(s.quant)
                << " weights" << int(s.weights) << " combine" << int(s.combine_type)
-               << (s.wide_partials() ? " wide" : "") << " idx" << s.idx_bytes * 8 << " F"
+               << (s.wide_partials() ? " wide" : "")
+               << (s.carriage == Carriage::kLine ? " lines" : "") << " idx" << s.idx_bytes * 8 << " F"
                << s.rounds_in_flight << " threads" << s.threads;
 }
 
@@ -84,7 +86,8 @@ struct Task {
     std::vector<int64_t> out_layout_range;
 
     HandleState state{};
-    std::vector<int32_t> choices, positions, token_counts, begins, row_counts, rows;
+    std::vector<int32_t> choices, positions, row_counts, rows;
+    std::vector<uint64_t> token_counts, begins;
     std::vector<float> weights;
 
     static constexpr size_t kGap = 32;
@@ -116,8 +119,10 @@ class Fleet {
             std::memset(window, 0, layout_.bytes);
             member.window.reset(static_cast<char *>(window));
             member.active.assign(rig.ranks, 1);
-            member.tally.resize(size_t(rig.experts) * kernels_.tally_count);
             if (create_workers(rig.threads, &member.workers) != MEP_OK) std::abort();
+            member.tally.resize(
+                size_t(rig.experts) *
+                tally_row_count(kernels_.sender_block_count_max(queue(rank))));
             windows_.push_back(member.window.get());
         }
     }
@@ -147,20 +152,20 @@ class Fleet {
     }
 
     void dispatch_send(Task &task) {
-        kernels_.dispatch_send(dispatch_args(task), queue(task.rank));
+        kernels_.dispatch(dispatch_args(task), Phases::kSend, queue(task.rank));
     }
     void dispatch_receive(Task &task) {
-        kernels_.dispatch_receive(dispatch_args(task), queue(task.rank));
+        kernels_.dispatch(dispatch_args(task), Phases::kReceive, queue(task.rank));
     }
-    void combine_send(Task &task) { kernels_.combine_send(combine_args(task), queue(task.rank)); }
+    void combine_send(Task &task) {
+        kernels_.combine(combine_args(task), Phases::kSend, queue(task.rank));
+    }
     void combine_receive(Task &task) {
-        kernels_.combine_receive(combine_args(task), queue(task.rank));
+        kernels_.combine(combine_args(task), Phases::kReceive, queue(task.rank));
     }
     void both(Task &task) {
-        dispatch_send(task);
-        dispatch_receive(task);
-        combine_send(task);
-        combine_receive(task);
+        kernels_.dispatch(dispatch_args(task), Phases::kBoth, queue(task.rank));
+        kernels_.combine(combine_args(task), Phases::kBoth, queue(task.rank));
     }
 
     void set_timeout_ns(uint64_t timeout_ns) { rig_.timeout_ns = timeout_ns; }

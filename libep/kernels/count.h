@@ -1,0 +1,243 @@
+// Counting for dispatch: which experts this rank's tokens chose, the number of each choice among
+// this rank's tokens for its expert, and, from all ranks' counts, where each source's rows begin.
+//
+// Each sender takes a chunk: neighbours among the tokens. The numbers of its choices follow from
+// how many choices there are of each expert before the chunk. With few choices in all, each block
+// counts them itself; with many, a launch before counts each chunk once.
+#pragma once
+
+#include "device/device.h"
+#include "kernels/kernels.h"
+#include "kernels/routing.h"
+
+namespace ep::EP_DEVICE_NAMESPACE {
+
+struct Chunk {
+    int begin, end;  // tokens
+
+    EP_DEVICE static Chunk of(int index, int chunk_count, int token_count) {
+        const int64_t tokens = token_count;
+        return {static_cast<int>(tokens * index / chunk_count),
+                static_cast<int>(tokens * (index + 1) / chunk_count)};
+    }
+};
+
+EP_HOST_DEVICE inline bool counts_ahead(const Round &r) {
+    return r.sender_block_count > 1 && r.token_count * r.topk > kChoicesCountedByAllMax;
+}
+
+EP_DEVICE int64_t topk_idx_at(const DispatchArgs &a, int i) {
+    return a.topk_idx_bytes == 8 ? static_cast<const int64_t *>(a.topk_idx)[i]
+                                 : static_cast<const int32_t *>(a.topk_idx)[i];
+}
+
+// The choice that `expert`, which is topk_idx[i], stands for.
+EP_DEVICE int32_t choice_of(const DispatchArgs &a, int64_t expert, int i) {
+    if (expert < 0 || expert >= a.round.layout.shape.expert_count) return Routing::kNoChoice;
+    bool repeats = false;
+    for (int before = i - i % a.round.topk; before < i; ++before)
+        repeats |= topk_idx_at(a, before) == expert;  // no early end: the loads need not wait
+    return repeats ? Routing::repeat_of(static_cast<int>(expert)) : static_cast<int>(expert);
+}
+
+constexpr int kChoicesAtOnce =
+    kWarpSize == 1 ? 1 : 4;        // of a lane, loaded before the first is used
+constexpr int kTalliesAtOnce = 8;  // loaded before the first is added
+
+// Calls take(i, expert) for topk_idx[i], i in [begin, end). The whole block.
+template <class Take>
+EP_DEVICE void each_choice(const DispatchArgs &a, int begin, int end, Take take) {
+    for (int first = begin + Block::rank(); first < end; first += kChoicesAtOnce * Block::size()) {
+        int64_t experts[kChoicesAtOnce];
+        EP_UNROLL
+        for (int j = 0; j < kChoicesAtOnce; ++j) {
+            const int i = first + j * Block::size();
+            experts[j] = i < end ? topk_idx_at(a, i) : Routing::kNoChoice;
+        }
+        EP_UNROLL
+        for (int j = 0; j < kChoicesAtOnce; ++j)
+            if (first + j * Block::size() < end) take(first + j * Block::size(), experts[j]);
+    }
+}
+
+// Adds up the choices of each expert among choices [begin, end).
+EP_DEVICE void tally_choices(const DispatchArgs &a, int begin, int end, int32_t *tally) {
+    each_choice(a, begin, end, [&](int i, int64_t expert) {
+        const int32_t choice = choice_of(a, expert, i);
+        if (choice >= 0) fetch_add(&tally[choice], 1);
+    });
+}
+
+// Keeps a chunk's choices in the handle.
+EP_DEVICE void keep_choices(const DispatchArgs &a, Chunk chunk) {
+    const int topk = a.round.topk;
+    each_choice(a, chunk.begin * topk, chunk.end * topk, [&](int i, int64_t expert) {
+        const int32_t choice = choice_of(a, expert, i);
+        a.round.routing.choices[i] = choice;
+        if (choice == Routing::kNoChoice && expert != Routing::kNoChoice)
+            fetch_add(&a.round.state->invalid_expert_ids, uint64_t{1});
+    });
+}
+
+// The launch before, when counts_ahead(): a block per chunk.
+EP_KERNEL dispatch_tally(const DispatchArgs a) {
+    const Round &r = a.round;
+    const int experts = r.layout.shape.expert_count;
+    for (int i = grid_index<Block>(); i < r.sender_block_count; i += grid_count<Block>()) {
+        const Chunk chunk = Chunk::of(i, r.sender_block_count, r.token_count);
+        int32_t *tally = a.tally + size_t(i) * experts;
+        for (int e = Block::rank(); e < experts; e += Block::size())
+            tally[e] = 0;
+        keep_choices(a, chunk);
+        Block::sync();
+        for (int j = chunk.begin * r.topk + Block::rank(); j < chunk.end * r.topk;
+             j += Block::size())
+            if (r.routing.choices[j] >= 0) fetch_add(&tally[r.routing.choices[j]], 1);
+    }
+}
+
+// Adds up the tallies of the first `count` chunks. The whole block.
+EP_DEVICE void add_tallies(const DispatchArgs &a, int count, int32_t *sums) {
+    const int experts = a.round.layout.shape.expert_count;
+    // As many threads for an expert as there are.
+    const int shares = experts < Block::size() ? Block::size() / experts : 1;
+    for (int i = Block::rank(); i < shares * experts; i += Block::size()) {
+        const int expert = i % experts;
+        int32_t sum = 0;
+        for (int first = i / experts; first < count; first += kTalliesAtOnce * shares) {
+            int32_t counts[kTalliesAtOnce];
+            EP_UNROLL
+            for (int j = 0; j < kTalliesAtOnce; ++j)
+                counts[j] = first + j * shares < count
+                                ? a.tally[size_t(first + j * shares) * experts + expert]
+                                : 0;
+            EP_UNROLL
+            for (int j = 0; j < kTalliesAtOnce; ++j)
+                sum += counts[j];
+        }
+        if (sum != 0) fetch_add(&sums[expert], sum);
+    }
+}
+
+// Where a block adds up: `shared` if there is room.
+EP_DEVICE int32_t *sums_of(const DispatchArgs &a, int row, int32_t *shared) {
+    const int experts = a.round.layout.shape.expert_count;
+    return experts <= kSharedExpertCountMax
+               ? shared
+               : a.tally + size_t(a.round.sender_block_count + row) * experts;
+}
+
+// How many choices of each expert the tokens before `chunk_count` chunks made. The whole block.
+EP_DEVICE void count_before(const DispatchArgs &a, int chunk, int32_t *sums) {
+    const Round &r = a.round;
+    for (int e = Block::rank(); e < r.layout.shape.expert_count; e += Block::size())
+        sums[e] = 0;
+    Block::sync();
+    if (counts_ahead(r))
+        add_tallies(a, chunk, sums);
+    else
+        tally_choices(a, 0, Chunk::of(chunk, r.sender_block_count, r.token_count).begin * r.topk,
+                      sums);
+    Block::sync();
+}
+
+// Gives a warp's choices, one a lane, their numbers, in the order of the lanes.
+EP_DEVICE void number_choices(const Round &r, int32_t choice, int i, int32_t *next) {
+    const Equals same = Warp::equals(choice);
+    const int32_t number = choice >= 0 ? next[choice] : 0;
+    if (choice >= 0) r.routing.positions[i] = number + same.lower;
+    Warp::sync();
+    if (choice >= 0 && same.lower == 0) next[choice] = number + same.total;
+    Warp::sync();
+}
+
+// Keeps and numbers the choices of one chunk. The whole block.
+EP_DEVICE void number_chunk(const DispatchArgs &a, int index, int32_t *next) {
+    const Round &r = a.round;
+    const Chunk chunk = Chunk::of(index, r.sender_block_count, r.token_count);
+    if (!counts_ahead(r)) keep_choices(a, chunk);
+    count_before(a, index, next);
+    const int end = chunk.end * r.topk;
+    if (Warp::index_in_block() == 0)
+        for (int first = chunk.begin * r.topk; first < end; first += Warp::size()) {
+            const int i = first + Warp::rank();
+            number_choices(r, i < end ? r.routing.choices[i] : Routing::kNoChoice, i, next);
+        }
+    Block::sync();
+}
+
+// Tells every rank how many tokens this one has, and how many for each of its experts. The counter.
+EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *sums) {
+    const Round &r = a.round;
+    const Layout &layout = r.layout;
+    const int per_rank = layout.local_expert_count;
+    for (int peer = Block::rank(); peer < layout.shape.rank_count; peer += Block::size())
+        if (is_active(r, peer))
+            post(layout.token_count(r.windows[peer], epoch, r.rank),
+                 Signal::pack(epoch, r.token_count));
+    count_before(a, r.sender_block_count, sums);
+    for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size())
+        if (is_active(r, e / per_rank))
+            post(layout.count(r.windows[e / per_rank], epoch, r.rank, e % per_rank),
+                 Signal::pack(epoch, sums[e]));
+}
+
+// Waits for a count from `source`. A limit it breaks masks the source.
+EP_DEVICE void await_count(const Wait &wait, const uint64_t *word, uint64_t epoch, int source) {
+    const Round &r = wait.round;
+    uint64_t signal;
+    if (!wait.until_posted(word, epoch, source, &signal)) return;
+    if (Signal::value(signal) <= r.layout.shape.token_count_max) return;
+    fetch_add(&r.state->invalid_messages, uint64_t{1});
+    store(&r.active[source], 0);
+}
+
+// A count that has come. Its window may say something else by now.
+EP_DEVICE int arrived_count(const Round &r, const uint64_t *word) {
+    const int count = Signal::value(look(word));
+    return count <= r.layout.shape.token_count_max ? count : 0;
+}
+
+// One thread per local expert: decides where each source's rows begin.
+EP_DEVICE void decide_begins(const DispatchArgs &a, uint64_t epoch, int expert) {
+    const Round &r = a.round;
+    const int ranks = r.layout.shape.rank_count;
+    uint64_t *begins = r.routing.begins + size_t(expert) * (ranks + 1);
+    int begin = 0;
+    for (int source = 0; source < ranks; ++source) {
+        const int count =
+            Signal::value(look(&r.routing.token_counts[source])) == 0
+                ? 0
+                : arrived_count(r, r.layout.count(r.windows[r.rank], epoch, source, expert));
+        post(&begins[source], Signal::pack(epoch, begin));
+        if (a.out_layout_range != nullptr)
+            a.out_layout_range[size_t(expert) * ranks + source] = int64_t{begin} << 32 | count;
+        begin += count;
+    }
+    post(&begins[ranks], Signal::pack(epoch, begin));
+    a.out_count[expert] = begin;
+}
+
+// Waits for all counts, and decides for all blocks whose tokens count. The counter.
+EP_DEVICE void decide_layout(const DispatchArgs &a, uint64_t epoch) {
+    const Round &r = a.round;
+    const Layout &layout = r.layout;
+    const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
+    char *window = r.windows[r.rank];
+    const Wait wait(r);
+    for (int i = Block::rank(); i < ranks * (experts + 1); i += Block::size())
+        await_count(wait, layout.count(window, epoch, i / (experts + 1), i % (experts + 1)), epoch,
+                    i / (experts + 1));
+    Block::sync();
+    for (int source = Block::rank(); source < ranks; source += Block::size()) {
+        const int tokens = is_active(r, source)
+                               ? arrived_count(r, layout.token_count(window, epoch, source))
+                               : 0;
+        post(&r.routing.token_counts[source], Signal::pack(epoch, tokens));
+    }
+    Block::sync();
+    for (int expert = Block::rank(); expert < experts; expert += Block::size())
+        decide_begins(a, epoch, expert);
+}
+
+}  // namespace ep::EP_DEVICE_NAMESPACE

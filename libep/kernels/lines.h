@@ -1,0 +1,193 @@
+// Messages by line: each line of 128 bytes carries 7 pieces of 16 bytes, and after them a Signal
+// and 8 bytes more (wire/layout.h). Eight lanes move a line, one piece each; a warp moves a part of a
+// row, so the warps of many blocks share one message. No fence, no barrier and no flag of its own.
+#pragma once
+
+#include "device/device.h"
+#include "kernels/cast.h"
+#include "kernels/kernels.h"
+#include "kernels/routing.h"
+
+namespace ep::EP_DEVICE_NAMESPACE {
+
+constexpr int kLanesOfLine = 8;
+constexpr int kLinesAtOnce = kWarpSize < kLanesOfLine ? 1 : kWarpSize / kLanesOfLine;
+constexpr int kLinesOfPart = 8;
+constexpr int kStepsOfPart = kLinesOfPart < kLinesAtOnce ? 1 : kLinesOfPart / kLinesAtOnce;
+constexpr int kPiecesOfPart = kLinesOfPart * Layout::kPiecesOfLine;
+constexpr int kPartBytes = kPiecesOfPart * static_cast<int>(Layout::kPieceBytes);
+
+// This lane's place among the lines that its warp moves at once.
+struct LineLane {
+    EP_DEVICE static int line() { return Warp::rank() / kLanesOfLine; }
+    EP_DEVICE static int piece() { return Warp::rank() % kLanesOfLine; }
+    EP_DEVICE static bool has_signal() { return piece() == Layout::kPiecesOfLine; }
+};
+
+// The lane that has piece `piece` of the lines that a warp moves at once.
+EP_DEVICE int lane_of_piece(int piece) {
+    return piece / Layout::kPiecesOfLine * kLanesOfLine + piece % Layout::kPiecesOfLine;
+}
+
+// One part of a row, in the lanes of a warp.
+struct Part {
+    int index, line_count;  // lines of the whole row
+
+    EP_DEVICE Part(int part_index, size_t row_bytes)
+        : index(part_index), line_count(Layout::signal_lines(row_bytes)) {}
+
+    EP_HOST_DEVICE static int count(size_t row_bytes) {
+        return (Layout::signal_lines(row_bytes) + kLinesOfPart - 1) / kLinesOfPart;
+    }
+
+    EP_DEVICE int line(int step) const {
+        return index * kLinesOfPart + step * kLinesAtOnce + LineLane::line();
+    }
+    EP_DEVICE bool has_line(int step) const {
+        return step * kLinesAtOnce + LineLane::line() < kLinesOfPart && line(step) < line_count;
+    }
+    // The piece of the row that this lane moves; none if it is outside the row.
+    EP_DEVICE int piece(int step) const {
+        return line(step) * Layout::kPiecesOfLine + LineLane::piece();
+    }
+    EP_DEVICE bool has_piece(int step, size_t row_bytes) const {
+        return has_line(step) && !LineLane::has_signal() &&
+               piece(step) * Layout::kPieceBytes < row_bytes;
+    }
+    EP_DEVICE char *at(char *lines, int step) const {
+        return lines + line(step) * Layout::kLineBytes + LineLane::piece() * Layout::kPieceBytes;
+    }
+};
+
+// What the lanes of a warp hold of a part.
+struct Pieces {
+    Vector step[kStepsOfPart];
+};
+
+EP_DEVICE void push_part(const Part &part, char *lines, const Pieces &pieces, uint64_t signal) {
+    EP_UNROLL
+    for (int step = 0; step < kStepsOfPart; ++step) {
+        Vector piece = pieces.step[step];
+        if (LineLane::has_signal()) piece.words[0] = signal;
+        push(part.at(lines, step), part.has_line(step), LineLane::has_signal(), piece);
+    }
+}
+
+// What has come of a part.
+struct PartArrival {
+    Pieces pieces;
+    bool steps[kStepsOfPart] = {};
+
+    // Looks once more; true when all has come.
+    EP_DEVICE bool pull_rest(const Part &part, char *lines, uint64_t epoch) {
+        bool all = true;
+        EP_UNROLL
+        for (int step = 0; step < kStepsOfPart; ++step) {
+            if (!steps[step])
+                steps[step] = pull(part.at(lines, step), part.has_line(step),
+                                   LineLane::has_signal(), epoch, &pieces.step[step]);
+            all = all && steps[step];
+        }
+        return all;
+    }
+};
+
+// The groups of channels whose scales travel with a line of an FP8 row: those that begin in it, or
+// before it. A line is shorter than a group, so there are at most two.
+struct LineGroups {
+    int first, last;
+    bool first_begins;
+
+    EP_DEVICE static LineGroups of(int line) {
+        constexpr int kChannels = Layout::kPiecesOfLine * static_cast<int>(Layout::kPieceBytes);
+        const int channel = line * kChannels;
+        return {channel / kScaleGroup, (channel + kChannels - 1) / kScaleGroup,
+                channel % kScaleGroup == 0};
+    }
+};
+
+struct TwoScales {
+    float first, last;
+};
+
+// This lane's pieces of a row that travels as it is.
+EP_DEVICE void load_part(const Part &part, const char *row, size_t row_bytes, Pieces *pieces) {
+    EP_UNROLL
+    for (int step = 0; step < kStepsOfPart; ++step)
+        if (part.has_piece(step, row_bytes))
+            pieces->step[step] = reinterpret_cast<const Vector *>(row)[part.piece(step)];
+}
+
+// The scales of a row that comes with them, where they travel.
+EP_DEVICE void load_part_scales(const Part &part, const float *scales, int64_t stride, int groups,
+                                Pieces *pieces) {
+    EP_UNROLL
+    for (int step = 0; step < kStepsOfPart; ++step) {
+        if (!LineLane::has_signal() || !part.has_line(step)) continue;
+        const LineGroups at = LineGroups::of(part.line(step));
+        const int last = at.last < groups ? at.last : at.first;
+        pieces->step[step].words[1] =
+            bit_cast<uint64_t>(TwoScales{scales[at.first * stride], scales[last * stride]});
+    }
+}
+
+// Casts a part of a row to float8_e4m3fn: first each lane 16 channels of a group, then from lane to
+// lane to where they travel. A part holds whole groups.
+template <Element kType>
+EP_DEVICE void cast_part(const Part &part, const char *row, int hidden, bool power_of_two,
+                         Pieces *pieces) {
+    constexpr int kChannels = static_cast<int>(Layout::kPieceBytes);
+    constexpr int kLanesOfGroup = kScaleGroup / kChannels;
+    constexpr int kSteps = (kPiecesOfPart + kWarpSize - 1) / kWarpSize;
+    static_assert(kPartBytes % kScaleGroup == 0, "whole groups");
+    Vector cast[kSteps];
+    float scales[kSteps];
+    EP_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+        const int piece = step * kWarpSize + Warp::rank();
+        const int channel = part.index * kPartBytes + piece * kChannels;
+        const bool inside = piece < kPiecesOfPart && channel < hidden;
+        cast[step] = cast_piece<kType, kLanesOfGroup>(row, channel, inside, power_of_two,
+                                                      &scales[step]);
+    }
+    EP_UNROLL
+    for (int to = 0; to < kStepsOfPart; ++to) {
+        const int piece = part.piece(to) - part.index * kPiecesOfPart;
+        const LineGroups at = LineGroups::of(part.line(to) - part.index * kLinesOfPart);
+        Vector found{};
+        TwoScales two{};
+        EP_UNROLL
+        for (int step = 0; step < kSteps; ++step) {
+            const Vector one = {{Warp::from(cast[step].words[0], piece % kWarpSize),
+                                 Warp::from(cast[step].words[1], piece % kWarpSize)}};
+            const int first = at.first * kLanesOfGroup, last = at.last * kLanesOfGroup;
+            const float first_scale = Warp::from(scales[step], first % kWarpSize);
+            const float last_scale = Warp::from(scales[step], last % kWarpSize);
+            if (piece / kWarpSize == step) found = one;
+            if (first / kWarpSize == step) two.first = first_scale;
+            if (last / kWarpSize == step) two.last = last_scale;
+        }
+        if (LineLane::has_signal()) found.words[1] = bit_cast<uint64_t>(two);
+        pieces->step[to] = found;
+    }
+}
+
+// Writes a part to one place of its row, and the scales that begin in it.
+template <bool kScales>
+EP_DEVICE void place_part(const Part &part, const Pieces &pieces, size_t row_bytes, char *row,
+                          float *scales, int64_t scale_stride, int groups) {
+    EP_UNROLL
+    for (int step = 0; step < kStepsOfPart; ++step) {
+        if (part.has_piece(step, row_bytes))
+            reinterpret_cast<Vector *>(row)[part.piece(step)] = pieces.step[step];
+        if constexpr (kScales) {
+            if (!LineLane::has_signal() || !part.has_line(step)) continue;
+            const LineGroups at = LineGroups::of(part.line(step));
+            const auto two = bit_cast<TwoScales>(pieces.step[step].words[1]);
+            if (at.first_begins) scales[at.first * scale_stride] = two.first;
+            if (at.last != at.first && at.last < groups) scales[at.last * scale_stride] = two.last;
+        }
+    }
+}
+
+}  // namespace ep::EP_DEVICE_NAMESPACE
