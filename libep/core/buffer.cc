@@ -224,9 +224,9 @@ mep_status_t Buffer::connect(const WindowHandle &mine) {
     EP_TRY(group_->all_gather(&mine, handles.data(), sizeof mine));
     mep_status_t status = windows_.connect(device(), handles, group_->rank());
     if (status == MEP_OK) {
-        const std::vector<char *> addresses = windows_.addresses();
-        status = device()->write(windows_on_device_.get(), addresses.data(),
-                                 sizeof(char *) * addresses.size());
+        addresses_ = windows_.addresses();
+        status = device()->write(windows_on_device_.get(), addresses_.data(),
+                                 sizeof(char *) * addresses_.size());
     }
     EP_TRY(group_->agree(status));
     windows_.seal();
@@ -257,6 +257,8 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
     round.layout = shape_.layout;
     round.rank = group_->rank();
     round.windows = static_cast<char *const *>(windows_on_device_.get());
+    for (size_t peer = 0; peer < kWindowsAtHand && peer < addresses_.size(); ++peer)
+        round.first_windows[peer] = addresses_[peer];
     round.state = static_cast<BufferState *>(state_.get());
     round.routing = {reinterpret_cast<HandleState *>(memory + at.state),
                      ints(at.choices),

@@ -19,6 +19,7 @@
 #define EP_DEVICE_NAMESPACE EP_CPU_LEVEL
 #define EP_DEVICE inline __attribute__((always_inline))
 #define EP_KERNEL inline void
+#define EP_KERNEL_OF(threads) inline void
 #define EP_UNROLL
 #define EP_SHARED(Type, name) Type name
 
@@ -33,10 +34,12 @@ struct Place {
 inline thread_local Place place;
 
 constexpr int kWarpsOfBlockMax = 1;
+constexpr int kThreads = 1, kThreadsOfRows = 1;
 constexpr bool kRolesApart = false;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr int kLineTokenCountMax = 0;
+constexpr bool kCastsFp8 = false;
 
 struct Equals {
     int total;  // lanes with this key
@@ -64,6 +67,7 @@ struct Lane {
         return value;
     }
     static Equals equals(int) { return {1, 0}; }
+    static Equals count(bool value) { return {value, 0}; }
 };
 struct Thread : Lane {};
 struct Warp : Lane {};
@@ -102,10 +106,14 @@ template <int kCount>
 using Pack = typename VectorOf<float, kCount>::Type;
 
 template <class Type, int kCount>
-EP_DEVICE Pack<kCount> widen(const char *from) {
-    using Bits = typename VectorOf<uint32_t, kCount>::Type;
+EP_DEVICE auto fetch(const char *from) {
     typename VectorOf<typename Type::Storage, kCount>::Type raw;
     __builtin_memcpy(&raw, from, sizeof raw);
+    return raw;
+}
+template <class Type, int kCount, class Raw>
+EP_DEVICE Pack<kCount> widen(const Raw &raw) {
+    using Bits = typename VectorOf<uint32_t, kCount>::Type;
     return Type::template decode<Pack<kCount>, Bits>(__builtin_convertvector(raw, Bits));
 }
 template <class Type, int kCount>
@@ -156,13 +164,13 @@ EP_DEVICE void copy_row(char *to, const char *from, size_t bytes, Caching) {
 }
 #endif
 
-constexpr int kTermsAtOnce = 1;  // the hardware looks ahead by itself
+constexpr int kTermsAtOnce = 1, kPacksAtOnce = 1;  // the hardware looks ahead by itself
 
-template <class Group>
-EP_DEVICE void fan_out(char *const (&to)[kFanOut], int count, const char *from, size_t begin,
-                       size_t end, Caching caching) {
+template <class Group, int kLoadsInFlight, class To>
+EP_DEVICE void fan_out(int count, To to, const char *from, size_t begin, size_t end,
+                       Caching caching) {
     for (int i = 0; i < count; ++i)
-        copy_row(to[i] + begin, from + begin, end - begin, caching);
+        if (char *row = to(i)) copy_row(row + begin, from + begin, end - begin, caching);
 }
 
 // A block per worker.
@@ -174,7 +182,7 @@ inline int receiver_block_count_max(const Queue &queue) {
 }
 
 template <class Args>
-void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count) {
+void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count, int) {
     if (block_count == 1) {
         place = {};
         kernel(args);
@@ -196,7 +204,7 @@ void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int bloc
 
 template <class Args>
 void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue, int item_count) {
-    if (item_count > 0) launch(kernel, args, queue, sender_block_count_max(queue));
+    if (item_count > 0) launch(kernel, args, queue, sender_block_count_max(queue), kThreads);
 }
 
 inline int launch_error() {

@@ -13,6 +13,8 @@
 #define EP_DEVICE __device__ __forceinline__
 #define EP_KERNEL \
     __global__ void __launch_bounds__(::ep::cuda::kThreads, ::ep::cuda::kBlocksOfProcessor)
+#define EP_KERNEL_OF(threads) \
+    __global__ void __launch_bounds__(threads, ::ep::cuda::kBlocksOfProcessor)
 #define EP_UNROLL _Pragma("unroll")
 #define EP_SHARED(Type, name) __shared__ Type name
 
@@ -20,6 +22,7 @@ namespace ep::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr int kThreads = 512;  // of a block at most
+constexpr int kThreadsOfRows = 256;  // of a block whose lanes need twice the registers
 constexpr int kBlocksOfProcessor =
     2;  // of kThreads that fit beside each other, whatever the kernel
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -30,6 +33,7 @@ constexpr bool kRolesApart = true;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr int kLineTokenCountMax = 512;
+constexpr bool kCastsFp8 = true;
 
 struct Equals {
     int total;  // lanes with this key
@@ -68,6 +72,10 @@ struct Warp {
         for (int step = kLanes / 2; step > 0; step /= 2)
             value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
         return value;
+    }
+    EP_DEVICE static Equals count(bool value) {
+        const unsigned those = __ballot_sync(kAllLanes, value);
+        return {__popc(those), __popc(those & ((1u << rank()) - 1))};
     }
     EP_DEVICE static Equals equals(int key) {
         const unsigned same = __match_any_sync(kAllLanes, key);
@@ -125,12 +133,8 @@ EP_DEVICE void publish(uint64_t *word, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
 template <class Group>
-EP_DEVICE void publish_all(uint64_t *const (&words)[kFanOut], const uint64_t (&values)[kFanOut],
-                           int count) {
-    Group::sync();
-    EP_UNROLL
-    for (int i = 0; i < kFanOut; ++i)
-        if (i < count && Group::rank() == i) publish(words[i], values[i]);
+EP_DEVICE void before_publish() {
+    Group::sync();  // a release covers what it follows, other lanes' stores too
 }
 template <class Group>
 EP_DEVICE uint64_t observe(const uint64_t *word) {
@@ -152,6 +156,21 @@ EP_DEVICE void pause(uint32_t attempt) {
 }
 
 #include "device/lanes.h"
+
+// Two floats to float8_e4m3fn, rounded to nearest even, saturating.
+template <int kCount>
+EP_DEVICE void cast_fp8(char *to, const Pack<kCount> &values) {
+    Words<kCount> raw = {};
+    EP_UNROLL
+    for (int i = 0; i < kCount / 2; ++i) {
+        uint16_t two;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+            : "=h"(two)
+            : "f"(values.lane[2 * i + 1]), "f"(values.lane[2 * i]));
+        raw.word[i / 2] |= uint32_t{two} << i % 2 * 16;
+    }
+    *reinterpret_cast<decltype(raw) *>(to) = raw;
+}
 
 // A store of 8 lanes to a line arrives whole at a GPU of this one's NVLink, and is seen whole.
 EP_DEVICE void push(char *at, bool here, bool, Vector piece) {
@@ -191,8 +210,9 @@ inline int receiver_block_count_max(const Queue &queue) {
     return rest < 1 ? 1 : rest;
 }
 template <class Args>
-void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count) {
-    launch_blocks(kernel, args, queue, block_count, kThreads);
+void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,
+            int threads) {
+    launch_blocks(kernel, args, queue, block_count, threads);
 }
 
 // A block per item, of as many warps as fill the device; with more items than that, small blocks

@@ -17,6 +17,7 @@
 #define EP_DEVICE_NAMESPACE emu
 #define EP_DEVICE inline
 #define EP_KERNEL inline void
+#define EP_KERNEL_OF(threads) inline void
 #define EP_UNROLL
 #define EP_SHARED(Type, name) Type &name = place.whole->template shared<Type>()
 
@@ -29,6 +30,7 @@ namespace ep::emu {
 constexpr int kWarpSize = EP_EMU_WARP_SIZE;
 constexpr int kWarpsPerBlock = 2;
 constexpr int kThreads = kWarpsPerBlock * kWarpSize;
+constexpr int kThreadsOfRows = kThreads;
 constexpr int kManyBlocks = 3;
 constexpr int kWarpsOfBlockMax = kWarpsPerBlock;
 
@@ -55,6 +57,7 @@ inline thread_local Place place;
 // Little enough that tests count in both ways.
 constexpr bool kRolesApart = true;
 constexpr int kSharedExpertCountMax = 8;
+constexpr bool kCastsFp8 = false;
 constexpr int kChoicesCountedByAllMax = 6;
 constexpr int kLineTokenCountMax = kWarpSize < 8 ? 0 : 16;  // a line takes 8 lanes
 
@@ -126,6 +129,17 @@ struct Warp {
             __builtin_memcpy(&other, &place.warp->cells[lane], sizeof other);
             found.total += other == key;
             found.lower += other == key && lane < rank();
+        }
+        sync();
+        return found;
+    }
+
+    static Equals count(bool value) {
+        exchange(uint64_t{value});
+        Equals found{0, 0};
+        for (int lane = 0; lane < kWarpSize; ++lane) {
+            found.total += place.warp->cells[lane] != 0;
+            found.lower += place.warp->cells[lane] != 0 && lane < rank();
         }
         sync();
         return found;
@@ -204,7 +218,7 @@ inline int receiver_block_count_max(const Queue &) {
     return 1;
 }
 template <class Args>
-void launch(void (*kernel)(Args), const Args &args, const Queue &, int block_count) {
+void launch(void (*kernel)(Args), const Args &args, const Queue &, int block_count, int) {
     launch_blocks(block_count, kernel, args);
 }
 template <class Args>

@@ -26,10 +26,8 @@ inline void publish(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
 template <class Group>
-void publish_all(uint64_t *const (&words)[kFanOut], const uint64_t (&values)[kFanOut], int count) {
+void before_publish() {
     Group::sync();
-    for (int i = Group::rank(); i < count; i += Group::size())
-        __atomic_store_n(words[i], values[i], __ATOMIC_RELEASE);
 }
 template <class Group>
 uint64_t observe(const uint64_t *word) {

@@ -9,34 +9,41 @@ struct Pack {
     float lane[kCount];
 };
 
-// A pack in memory, moved in as few accesses as 16 bytes allow.
+// A pack in memory is moved in as few accesses as 16 bytes allow.
 constexpr int access_bytes(int bytes) {
     return bytes < 16 ? bytes : 16;
 }
-template <class Storage, int kCount>
-struct alignas(access_bytes(sizeof(Storage) * kCount)) RawPack {
-    Storage lane[kCount];
+// A pack as it lies in memory. Words, as a smaller type would take a register for each element.
+template <int kBytes>
+struct alignas(access_bytes(kBytes)) Words {
+    uint32_t word[kBytes / sizeof(uint32_t)];
 };
 
 template <class Type, int kCount>
-EP_DEVICE Pack<kCount> widen(const char *from) {
-    using Raw = RawPack<typename Type::Storage, kCount>;
-    const Raw raw = *reinterpret_cast<const Raw *>(from);
+EP_DEVICE Words<sizeof(typename Type::Storage) * kCount> fetch(const char *from) {
+    return *reinterpret_cast<const Words<sizeof(typename Type::Storage) * kCount> *>(from);
+}
+template <class Type, int kCount>
+EP_DEVICE Pack<kCount> widen(const Words<sizeof(typename Type::Storage) * kCount> &raw) {
+    constexpr int kInWord = sizeof(uint32_t) / sizeof(typename Type::Storage);
     Pack<kCount> values;
     EP_UNROLL
-    for (int i = 0; i < kCount; ++i)
-        values.lane[i] = Type::template decode<float, uint32_t>(raw.lane[i]);
+    for (int i = 0; i < kCount; ++i) {
+        const uint32_t word = raw.word[i / kInWord];
+        const uint32_t bits = kInWord == 1 ? word : word >> i % kInWord * 16 & 0xffff;
+        values.lane[i] = Type::template decode<float, uint32_t>(bits);
+    }
     return values;
 }
 template <class Type, int kCount>
 EP_DEVICE void narrow(char *to, const Pack<kCount> &values) {
-    using Raw = RawPack<typename Type::Storage, kCount>;
-    Raw raw;
+    constexpr int kBits = 8 * sizeof(typename Type::Storage), kInWord = 32 / kBits;
+    Words<sizeof(typename Type::Storage) * kCount> raw = {};
     EP_UNROLL
     for (int i = 0; i < kCount; ++i)
-        raw.lane[i] = static_cast<typename Type::Storage>(
-            Type::template encode<uint32_t, float>(values.lane[i]));
-    *reinterpret_cast<Raw *>(to) = raw;
+        raw.word[i / kInWord] |= Type::template encode<uint32_t, float>(values.lane[i])
+                                 << i % kInWord * kBits;
+    *reinterpret_cast<decltype(raw) *>(to) = raw;
 }
 template <int kCount>
 EP_DEVICE void add(Pack<kCount> *sum, const Pack<kCount> &values) {
@@ -67,29 +74,28 @@ EP_DEVICE float max_magnitude(const Pack<kCount> (&packs)[kPacks]) {
     return largest;
 }
 
-constexpr int kLoadsInFlight = 4;  // of a lane
-
-template <class Group>
-EP_DEVICE void fan_out(char *const (&to)[kFanOut], int count, const char *from, size_t begin,
-                       size_t end, Caching) {
+template <class Group, int kLoadsInFlight, class To>
+EP_DEVICE void fan_out(int count, To to, const char *from, size_t begin, size_t end, Caching) {
     const int vectors = static_cast<int>(end / sizeof(Vector));
-    for (int first = static_cast<int>(begin / sizeof(Vector)) + Group::rank(); first < vectors; first += kLoadsInFlight * Group::size()) {
+    for (int first = static_cast<int>(begin / sizeof(Vector)) + Group::rank(); first < vectors;
+         first += kLoadsInFlight * Group::size()) {
         Vector loaded[kLoadsInFlight];
         EP_UNROLL
         for (int i = 0; i < kLoadsInFlight; ++i) {
             const int v = first + i * Group::size();
             if (v < vectors) loaded[i] = reinterpret_cast<const Vector *>(from)[v];
         }
-        EP_UNROLL
-        for (int target = 0; target < kFanOut; ++target) {
-            if (target >= count) break;
+        for (int target = 0; target < count; ++target) {
+            char *row = to(target);
+            if (row == nullptr) continue;
             EP_UNROLL
             for (int i = 0; i < kLoadsInFlight; ++i) {
                 const int v = first + i * Group::size();
-                if (v < vectors) reinterpret_cast<Vector *>(to[target])[v] = loaded[i];
+                if (v < vectors) reinterpret_cast<Vector *>(row)[v] = loaded[i];
             }
         }
     }
 }
 
+constexpr int kPacksAtOnce = 4;  // of a row, beside each other
 constexpr int kTermsAtOnce = 4;  // rows of a sum whose loads are in flight together

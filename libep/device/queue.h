@@ -9,9 +9,6 @@ namespace ep {
 // the same.
 enum class Caching { kKeep, kBypass };
 
-constexpr int kFanOut =
-    4;  // places that a row is copied to at once: their addresses stay in registers
-
 // What a lane moves at once.
 struct alignas(16) Vector {
     uint64_t words[2];

@@ -72,7 +72,7 @@ struct Fp32 {
 
 constexpr float kFp8Max = 448.0f;  // the largest float8_e4m3fn
 
-// Saturates: what is beyond kFp8Max becomes kFp8Max. NaN stays NaN.
+// Saturates: what is beyond kFp8Max becomes kFp8Max. All NaN are one.
 struct Fp8 {
     using Storage = uint8_t;
 
@@ -85,7 +85,7 @@ struct Fp8 {
         const Bits finite = magnitude >= 0x3c800000 ? normal : subnormal;
         const Bits largest = magnitude - magnitude + 0x7e;
         const Bits clamped = magnitude > 0x43e00000 ? largest : finite;
-        return (magnitude > 0x7f800000 ? largest | 1 : clamped) | (bits >> 24 & 0x80);
+        return magnitude > 0x7f800000 ? largest | 1 : clamped | (bits >> 24 & 0x80);
     }
 };
 
@@ -102,12 +102,17 @@ struct TypeOf<Element::kFp32> : Fp32 {};
 template <Element kType, int kCount>
 EP_DEVICE Pack<kCount> load_channels(const char *row, int first) {
     using Type = TypeOf<kType>;
-    return widen<Type, kCount>(row + first * sizeof(typename Type::Storage));
+    return widen<Type, kCount>(fetch<Type, kCount>(row + first * sizeof(typename Type::Storage)));
 }
 template <Element kType, int kCount>
 EP_DEVICE void store_channels(char *row, int first, const Pack<kCount> &values) {
     using Type = TypeOf<kType>;
     narrow<Type, kCount>(row + first * sizeof(typename Type::Storage), values);
+}
+
+template <Element kType, class Floats>
+EP_DEVICE void store_pack(char *row, int first, const Floats &values) {
+    store_channels<kType, static_cast<int>(sizeof(Floats) / sizeof(float))>(row, first, values);
 }
 
 // The scale of channels whose largest magnitude is `amax`, and its inverse.
@@ -126,33 +131,50 @@ struct Fp8Scale {
     }
 };
 
-// A row's place and that of its scales.
-struct RowTargets {
-    char *row[kFanOut];
-    float *scales[kFanOut];
+// A pack to float8_e4m3fn: the hardware's way where there is one, with the same bits.
+template <class Floats>
+EP_DEVICE void narrow_fp8(char *to, const Floats &values) {
+    if constexpr (kCastsFp8)
+        cast_fp8(to, values);
+    else
+        narrow<Fp8, sizeof(Floats) / sizeof(float)>(to, values);
+}
+
+// Where a row goes, and its scales.
+struct Target {
+    char *row;  // nullptr: nowhere
+    float *scales;
     int64_t scale_stride;  // from group to group
-    int count;
 };
 
-// 16 channels of a row as float8_e4m3fn, with the scale that they share with the kLanesOfGroup lanes
-// beside this one. All lanes of the warp come here; those outside the row with nothing.
-template <Element kType, int kLanesOfGroup>
-EP_DEVICE Vector cast_piece(const char *row, int channel, bool inside, bool power_of_two,
-                            float *scale) {
-    constexpr int kPacks = static_cast<int>(sizeof(Vector)) / kPack;
+// 16 * kPieces channels of a row as float8_e4m3fn.
+template <int kPieces>
+struct Cast {
+    Vector pieces[kPieces];
+    float scale;
+};
+
+constexpr int kGroupsInFlight = kWarpSize == 1 ? 1 : 4;  // of a lane
+
+// Casts channels with the scale that they share with the kLanesOfGroup lanes beside this one. All
+// lanes of the warp come here; those outside the row with nothing.
+template <Element kType, int kLanesOfGroup, int kPieces>
+EP_DEVICE Cast<kPieces> cast_channels(const char *row, int channel, bool inside,
+                                      bool power_of_two) {
+    constexpr int kPacks = kPieces * static_cast<int>(sizeof(Vector)) / kPack;
     Pack<kPack> values[kPacks] = {};
     EP_UNROLL
     for (int i = 0; inside && i < kPacks; ++i)
         values[i] = load_channels<kType, kPack>(row, channel + i * kPack);
     const float amax = Warp::max_over<kLanesOfGroup>(max_magnitude(values));
     const Fp8Scale by = Fp8Scale::of(amax, power_of_two);
-    *scale = by.scale;
-    alignas(16) char bytes[sizeof(Vector)];
+    alignas(16) char bytes[kPacks * kPack];
     EP_UNROLL
     for (int i = 0; i < kPacks; ++i)
-        narrow<Fp8, kPack>(bytes + i * kPack, scaled(by.inverse, values[i]));
-    Vector cast;
-    __builtin_memcpy(&cast, bytes, sizeof cast);
+        narrow_fp8(bytes + i * kPack, scaled(by.inverse, values[i]));
+    Cast<kPieces> cast;
+    __builtin_memcpy(&cast.pieces, bytes, sizeof cast.pieces);
+    cast.scale = by.scale;
     return cast;
 }
 
@@ -161,38 +183,38 @@ struct Slice {
     int begin, end;
 };
 
-// Casts channels of one row to float8_e4m3fn with a scale per kScaleGroup channels, into each
-// target. A group belongs to as many lanes as have 16 channels of it each, or to the whole of a
-// narrower warp.
-template <Element kType>
-EP_DEVICE void cast_fan_out(const RowTargets &to, const char *from, Slice slice,
-                            bool power_of_two) {
+// Casts channels of one row to float8_e4m3fn with a scale per kScaleGroup channels, into each of the
+// targets to(0) .. to(count - 1). A group belongs to as many lanes as have 16 channels of it each, or
+// to the whole of a narrower warp.
+template <Element kType, class To>
+EP_DEVICE void cast_fan_out(int count, To to, const char *from, Slice slice, bool power_of_two) {
     constexpr int kLaneChannels = kScaleGroup / kWarpSize > 16 ? kScaleGroup / kWarpSize : 16;
     constexpr int kLanes = kScaleGroup / kLaneChannels;
-    constexpr int kPacks = kLaneChannels / kPack;
+    constexpr int kPieces = kLaneChannels / 16;
     const int lane = Warp::rank() % kLanes, groups_at_once = Warp::size() / kLanes;
     const int group_end = slice.end / kScaleGroup;
-    for (int first = slice.begin / kScaleGroup; first < group_end; first += groups_at_once) {
-        const int group = first + Warp::rank() / kLanes;
-        const bool inside = group < group_end;  // all lanes stay for max_over
-        const int channel = group * kScaleGroup + lane * kLaneChannels;
-        Pack<kPack> values[kPacks] = {};
+    for (int first = slice.begin / kScaleGroup; first < group_end;
+         first += kGroupsInFlight * groups_at_once) {
+        Cast<kPieces> casts[kGroupsInFlight];
         EP_UNROLL
-        for (int i = 0; inside && i < kPacks; ++i)
-            values[i] = load_channels<kType, kPack>(from, channel + i * kPack);
-        const float amax = Warp::max_over<kLanes>(max_magnitude(values));
-        if (!inside) continue;
-        const Fp8Scale scale = Fp8Scale::of(amax, power_of_two);
-        struct alignas(16) {
-            char bytes[kLaneChannels];
-        } cast;
-        EP_UNROLL
-        for (int i = 0; i < kPacks; ++i)
-            narrow<Fp8, kPack>(cast.bytes + i * kPack, scaled(scale.inverse, values[i]));
-        for (int target = 0; target < to.count; ++target)
-            *reinterpret_cast<decltype(cast) *>(to.row[target] + channel) = cast;
-        for (int target = 0; lane == 0 && target < to.count; ++target)
-            to.scales[target][group * to.scale_stride] = scale.scale;
+        for (int i = 0; i < kGroupsInFlight; ++i) {
+            const int group = first + i * groups_at_once + Warp::rank() / kLanes;
+            casts[i] = cast_channels<kType, kLanes, kPieces>(
+                from, group * kScaleGroup + lane * kLaneChannels, group < group_end, power_of_two);
+        }
+        for (int target = 0; target < count; ++target) {
+            const Target at = to(target);
+            if (at.row == nullptr) continue;
+            EP_UNROLL
+            for (int i = 0; i < kGroupsInFlight; ++i) {
+                const int group = first + i * groups_at_once + Warp::rank() / kLanes;
+                if (group >= group_end) continue;
+                __builtin_memcpy(__builtin_assume_aligned(
+                                     at.row + group * kScaleGroup + lane * kLaneChannels, 16),
+                                 &casts[i].pieces, sizeof casts[i].pieces);
+                if (lane == 0) at.scales[group * at.scale_stride] = casts[i].scale;
+            }
+        }
     }
 }
 

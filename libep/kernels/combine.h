@@ -35,14 +35,13 @@ EP_KERNEL combine_weights(const CombineArgs a) {
              peer = next_owner(layout, choices, r.topk, peer)) {
             if (peer == r.rank || !Warp::broadcast(int{is_active(r, peer)})) continue;
             const ExpertRange range = ExpertRange::of(layout, peer);
-            char *weight = layout.weight(r.windows[peer], epoch, peer, r.rank, token);
-            for (int k = Warp::rank(); k < r.topk; k += Warp::size())
-                if (range.has(choices[k]))
-                    Layout::weight_values(weight)[entries_before(choices, k, range)] =
-                        merged_weight(choices, weights, k, r.topk);
-            uint64_t *const flags[kFanOut] = {Layout::flag(weight)};
-            const uint64_t signals[kFanOut] = {Signal::pack(epoch, 0)};
-            publish_all<Warp>(flags, signals, 1);
+            char *weight = layout.weight(r.window(peer), epoch, peer, r.rank, token);
+            each_entry(choices, weights, r.topk, range,
+                       [&](int32_t, int, int index, float value) {
+                           Layout::weight_values(weight)[index] = value;
+                       });
+            before_publish<Warp>();
+            if (Warp::rank() == 0) publish(Layout::flag(weight), Signal::pack(epoch, 0));
         }
     }
 }
@@ -62,42 +61,77 @@ EP_DEVICE void put_terms(const CombineArgs &a, size_t slot, const float *weights
     const int32_t *rows = r.routing.rows + slot * r.layout.shape.topk_max;
     const int count = r.routing.row_counts[slot];
     const size_t row_bytes = size_t(r.hidden) * element_bytes(kType);
-    for (int i = Warp::rank(); i < count; i += Warp::size()) {
-        const int32_t row = rows[i];
+    for (int i = Warp::rank(); i < r.layout.shape.topk_max; i += Warp::size()) {
+        const int32_t row = rows[i];  // not only of those below count, which need not wait for it
+        const float weight = weights != nullptr ? weights[i] : 0;
+        if (i >= count) break;
         terms->row[i] = row < 0 ? nullptr : a.x + row * row_bytes;
-        if (weights != nullptr) terms->weight[i] = weights[i];
+        if (weights != nullptr) terms->weight[i] = weight;
     }
     if (Warp::rank() == 0) terms->count = count;
 }
 
-// The terms' sum over some channels. Several rows are loaded before the first is added.
-template <Element kType, int kCount>
-EP_DEVICE Pack<kCount> sum_terms(const Terms &terms, int channel) {
-    Pack<kCount> sum = {};
+// The terms' sums over kPacks packs of channels; channel(i) is where pack i begins, negative for none.
+// Several rows are loaded before the first is added.
+template <Element kType, class Floats, int kPacks, class Channel>
+EP_DEVICE void sum_terms(const Terms &terms, Channel channel, Floats (&sums)[kPacks]) {
+    using Type = TypeOf<kType>;
+    constexpr int kCount = sizeof(Floats) / sizeof(float);
     for (int first = 0; first < terms.count; first += kTermsAtOnce) {
-        Pack<kCount> values[kTermsAtOnce] = {};
+        // As they are in memory, which takes fewer registers.
+        decltype(fetch<Type, kCount>(nullptr)) values[kTermsAtOnce][kPacks] = {};
         EP_UNROLL
-        for (int i = 0; i < kTermsAtOnce; ++i)
-            if (first + i < terms.count && terms.row[first + i] != nullptr)
-                values[i] = load_channels<kType, kCount>(terms.row[first + i], channel);
+        for (int i = 0; i < kTermsAtOnce; ++i) {
+            const char *row = first + i < terms.count ? terms.row[first + i] : nullptr;
+            EP_UNROLL
+            for (int pack = 0; pack < kPacks; ++pack)
+                if (row != nullptr && channel(pack) >= 0)
+                    values[i][pack] = fetch<Type, kCount>(
+                        row + channel(pack) * sizeof(typename Type::Storage));
+        }
         EP_UNROLL
-        for (int i = 0; i < kTermsAtOnce; ++i)
-            if (first + i < terms.count && terms.row[first + i] != nullptr)
-                add(&sum, scaled(terms.weight[first + i], values[i]));
+        for (int i = 0; i < kTermsAtOnce; ++i) {
+            if (first + i >= terms.count || terms.row[first + i] == nullptr) continue;
+            EP_UNROLL
+            for (int pack = 0; pack < kPacks; ++pack)
+                add(&sums[pack],
+                    scaled(terms.weight[first + i], widen<Type, kCount>(values[i][pack])));
+        }
     }
-    return sum;
+}
+
+// Calls visit(sums, channel) for all channels of a row, after sum(&sums, channel) for packs of them;
+// see sum_terms for `channel`. One warp.
+template <class Sum, class Visit>
+EP_DEVICE void each_pack(int hidden, Sum sum, Visit visit) {
+    constexpr int kPacks = kPacksAtOnce;
+    int first = Warp::rank() * kPack;
+    for (; first + kPack <= hidden; first += kPacks * Warp::size() * kPack) {
+        const auto channel = [&](int i) {
+            const int at = first + i * Warp::size() * kPack;
+            return at + kPack <= hidden ? at : -1;
+        };
+        Pack<kPack> sums[kPacks] = {};
+        sum(sums, channel);
+        EP_UNROLL
+        for (int i = 0; i < kPacks; ++i)
+            if (channel(i) >= 0) visit(sums[i], channel(i));
+    }
+    if constexpr (kPackMin < kPack)
+        for (first = hidden / kPack * kPack; first < hidden; first += kPackMin) {
+            Pack<kPackMin> sums[1] = {};
+            sum(sums, [&](int) { return first; });
+            visit(sums[0], first);
+        }
 }
 
 // The sum of a whole row's terms, to `row`. One warp.
 template <Element kType, Element kPartial>
 EP_DEVICE void reduce_terms(const Terms &terms, int hidden, char *row) {
-    int channel = Warp::rank() * kPack;
-    for (; channel + kPack <= hidden; channel += Warp::size() * kPack)
-        store_channels<kPartial, kPack>(row, channel, sum_terms<kType, kPack>(terms, channel));
-    if constexpr (kPackMin < kPack)
-        for (; channel < hidden; channel += kPackMin)
-            store_channels<kPartial, kPackMin>(row, channel,
-                                               sum_terms<kType, kPackMin>(terms, channel));
+    each_pack(
+        hidden,
+        [&](auto &sums, auto channel) { sum_terms<kType>(terms, channel, sums); },
+        [&](const auto &sum, int channel) { store_pack<kPartial>(row, channel, sum); });
 }
 
 // What is summed for one own token: the parts in rank order, where nullptr stands for this rank's
@@ -124,7 +158,7 @@ struct Outgoing {
 // The weights that the owner of a token has given to this combine; nullptr if it failed. One warp.
 EP_DEVICE const float *await_weights(const Wait &wait, const Outgoing &out) {
     const Round &r = wait.round;
-    char *weight = r.layout.weight(r.windows[r.rank], out.epoch, r.rank, out.source, out.token);
+    char *weight = r.layout.weight(r.window(r.rank), out.epoch, r.rank, out.source, out.token);
     uint64_t signal;
     if (!wait.until<Warp>(Layout::flag(weight), out.epoch, out.source, &signal)) return nullptr;
     return Layout::weight_values(weight);
@@ -136,8 +170,8 @@ EP_DEVICE bool find_terms(const CombineArgs &a, const Wait &wait, const Outgoing
                           Terms *terms) {
     const Round &r = a.round;
     const size_t slot = size_t(out.source) * r.layout.shape.token_count_max + out.token;
-    if (r.routing.row_counts[slot] == 0) return false;
-    if (!Warp::broadcast(int{is_active(r, out.source)})) return false;
+    const int active = is_active(r, out.source), count = r.routing.row_counts[slot];
+    if (!Warp::broadcast(active) || count == 0) return false;
     const float *weights = a.topk_weights == nullptr
                                ? r.routing.weights + slot * r.layout.shape.topk_max
                                : await_weights(wait, out);
@@ -151,11 +185,10 @@ EP_DEVICE bool find_terms(const CombineArgs &a, const Wait &wait, const Outgoing
 template <Element kType, Element kPartial>
 EP_DEVICE void send_partial(const CombineArgs &a, const Outgoing &out, const Terms &terms) {
     const Round &r = a.round;
-    char *partial = r.layout.partial(r.windows[out.source], out.epoch, out.source, r.rank, out.token);
+    char *partial = r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token);
     reduce_terms<kType, kPartial>(terms, r.hidden, Layout::partial_row(partial));
-    uint64_t *const flags[kFanOut] = {Layout::flag(partial)};
-    const uint64_t signals[kFanOut] = {Signal::pack(out.epoch, 0)};
-    publish_all<Warp>(flags, signals, 1);
+    before_publish<Warp>();
+    if (Warp::rank() == 0) publish(Layout::flag(partial), Signal::pack(out.epoch, 0));
 }
 
 // How many channels a piece of a partial row holds.
@@ -168,11 +201,14 @@ EP_DEVICE void sum_part(const Part &part, const Terms &terms, size_t row_bytes,
                         Pack<kPieceChannels<kPartial>> (&sums)[kStepsOfPart]) {
     constexpr int kChannels = kPieceChannels<kPartial>;
     EP_UNROLL
-    for (int step = 0; step < kStepsOfPart; ++step) {
+    for (int step = 0; step < kStepsOfPart; ++step)
         sums[step] = {};
-        if (part.has_piece(step, row_bytes))
-            sums[step] = sum_terms<kType, kChannels>(terms, part.piece(step) * kChannels);
-    }
+    sum_terms<kType>(
+        terms,
+        [&](int step) {
+            return part.has_piece(step, row_bytes) ? part.piece(step) * kChannels : -1;
+        },
+        sums);
 }
 
 template <Element kType, Element kPartial>
@@ -189,7 +225,7 @@ EP_DEVICE void push_partial(const CombineArgs &a, const Outgoing &out, const Par
         store_channels<kPartial, kChannels>(bytes, 0, sums[step]);
         __builtin_memcpy(&pieces.step[step], bytes, sizeof bytes);
     }
-    push_part(part, r.layout.partial(r.windows[out.source], out.epoch, out.source, r.rank, out.token),
+    push_part(part, r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token),
               pieces, Signal::pack(out.epoch, 0));
 }
 
@@ -227,13 +263,10 @@ EP_DEVICE void put_own_terms(const CombineArgs &a, int token, Terms *terms) {
     put_terms<kType>(a, slot, given ? nullptr : r.routing.weights + slot * r.layout.shape.topk_max,
                      terms);
     if (!given) return;
+    Warp::sync();
     const ExpertRange range = ExpertRange::of(r.layout, r.rank);
-    const int32_t *choices = r.routing.choices + token * r.topk;
-    const float *weights = a.topk_weights + token * r.topk;
-    for (int k = Warp::rank(); k < r.topk; k += Warp::size())
-        if (range.has(choices[k]))
-            terms->weight[entries_before(choices, k, range)] =
-                merged_weight(choices, weights, k, r.topk);
+    each_entry(r.routing.choices + token * r.topk, a.topk_weights + token * r.topk, r.topk, range,
+               [&](int32_t, int, int index, float weight) { terms->weight[index] = weight; });
 }
 
 // Waits for the rows of a token's ranks. One warp.
@@ -247,7 +280,7 @@ EP_DEVICE void await_parts(const CombineArgs &a, const Wait &wait, uint64_t epoc
          peer = next_owner(layout, choices, r.topk, peer)) {
         const char *row = nullptr;
         if (peer != r.rank) {
-            char *partial = layout.partial(r.windows[r.rank], epoch, r.rank, peer, token);
+            char *partial = layout.partial(r.window(r.rank), epoch, r.rank, peer, token);
             uint64_t signal;
             if (!wait.until<Warp>(Layout::flag(partial), epoch, peer, &signal)) continue;
             row = Layout::partial_row(partial);
@@ -258,14 +291,24 @@ EP_DEVICE void await_parts(const CombineArgs &a, const Wait &wait, uint64_t epoc
     if (Warp::rank() == 0) parts->count = count;
 }
 
-// The parts' sum over some channels.
-template <Element kType, Element kPartial, int kCount>
-EP_DEVICE Pack<kCount> sum_parts(const Parts &parts, int channel) {
-    Pack<kCount> sum = {};
-    for (int i = 0; i < parts.count; ++i)
-        add(&sum, parts.row[i] == nullptr ? sum_terms<kType, kCount>(parts.own, channel)
-                                          : load_channels<kPartial, kCount>(parts.row[i], channel));
-    return sum;
+// The parts' sums; see sum_terms.
+template <Element kType, Element kPartial, class Floats, int kPacks, class Channel>
+EP_DEVICE void sum_parts(const Parts &parts, Channel channel, Floats (&sums)[kPacks]) {
+    constexpr int kCount = sizeof(Floats) / sizeof(float);
+    for (int i = 0; i < parts.count; ++i) {
+        Floats values[kPacks] = {};
+        if (parts.row[i] == nullptr) {
+            sum_terms<kType>(parts.own, channel, values);
+        } else {
+            EP_UNROLL
+            for (int pack = 0; pack < kPacks; ++pack)
+                if (channel(pack) >= 0)
+                    values[pack] = load_channels<kPartial, kCount>(parts.row[i], channel(pack));
+        }
+        EP_UNROLL
+        for (int pack = 0; pack < kPacks; ++pack)
+            add(&sums[pack], values[pack]);
+    }
 }
 
 // One warp.
@@ -277,14 +320,10 @@ EP_DEVICE void receive_token(const CombineArgs &a, const Wait &wait, uint64_t ep
     await_parts(a, wait, epoch, token, parts);
     Warp::sync();
     char *row = a.out + token * a.out_stride;
-    int channel = Warp::rank() * kPack;
-    for (; channel + kPack <= r.hidden; channel += Warp::size() * kPack)
-        store_channels<kType, kPack>(row, channel,
-                                     sum_parts<kType, kPartial, kPack>(*parts, channel));
-    if constexpr (kPackMin < kPack)
-        for (; channel < r.hidden; channel += kPackMin)
-            store_channels<kType, kPackMin>(
-                row, channel, sum_parts<kType, kPartial, kPackMin>(*parts, channel));
+    each_pack(
+        r.hidden,
+        [&](auto &sums, auto channel) { sum_parts<kType, kPartial>(*parts, channel, sums); },
+        [&](const auto &sum, int channel) { store_pack<kType>(row, channel, sum); });
     Warp::sync();  // before the next token's parts take the place of this one's
 }
 
@@ -315,7 +354,7 @@ EP_DEVICE void receive_token_part(const CombineArgs &a, const Wait &wait, uint64
     for (int peer = next_owner(layout, choices, r.topk, -1); peer < layout.shape.rank_count;
          peer = next_owner(layout, choices, r.topk, peer)) {
         PartArrival arrival;
-        char *lines = layout.partial(r.windows[r.rank], epoch, r.rank, peer, token);
+        char *lines = layout.partial(r.window(r.rank), epoch, r.rank, peer, token);
         if (peer != r.rank && !await_line_part(wait, epoch, peer, part, lines, &arrival)) continue;
         EP_UNROLL
         for (int step = 0; step < kStepsOfPart; ++step) {
@@ -358,7 +397,7 @@ EP_DEVICE void tell_peers(const Round &r, uint64_t epoch) {
     if (Block::rank() == 0) r.routing.state->combine_epoch = epoch;
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size())
         if (peer != r.rank && is_active(r, peer))
-            post(r.layout.arrival(r.windows[peer], epoch, r.rank), Signal::pack(epoch, 0));
+            post(r.layout.arrival(r.window(peer), epoch, r.rank), Signal::pack(epoch, 0));
 }
 
 // Until every peer has begun the round.
@@ -367,13 +406,13 @@ EP_DEVICE void await_arrivals(const Round &r, uint64_t epoch) {
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
         uint64_t signal;
         if (peer != r.rank)
-            wait.until_posted(r.layout.arrival(r.windows[r.rank], epoch, peer), epoch, peer,
+            wait.until_posted(r.layout.arrival(r.window(r.rank), epoch, peer), epoch, peer,
                               &signal);
     }
 }
 
 template <Carriage kCarriage, Element kType, Element kPartial>
-EP_KERNEL combine_kernel(const CombineArgs a) {
+EP_KERNEL_OF(kThreadsOf<kCarriage>) combine_kernel(const CombineArgs a) {
     EP_SHARED(CombineShared, shared);
     const Round &r = a.round;
     const Role role = Role::of(r);
@@ -402,7 +441,8 @@ int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
     r.phases = Phases::kSend;
     if (has_phase(phases, Phases::kSend) && args.topk_weights != nullptr)
         launch_all(combine_weights, args, queue, r.token_count);
-    launch_phases(combine_kernel<kCarriage, kType, kPartial>, args, phases, queue);
+    launch_phases(combine_kernel<kCarriage, kType, kPartial>, args, phases, queue,
+                  kThreadsOf<kCarriage>);
     return launch_error();
 }
 

@@ -31,50 +31,78 @@ EP_DEVICE int64_t topk_idx_at(const DispatchArgs &a, int i) {
                                  : static_cast<const int32_t *>(a.topk_idx)[i];
 }
 
-// The choice that `expert`, which is topk_idx[i], stands for.
-EP_DEVICE int32_t choice_of(const DispatchArgs &a, int64_t expert, int i) {
-    if (expert < 0 || expert >= a.round.layout.shape.expert_count) return Routing::kNoChoice;
+constexpr int kInvalidExpert = -2;
+
+// Is topk_idx[i], which is `expert`, named by the same token before? Looks at each; used where a warp
+// does not have a lane for each choice of a token.
+EP_DEVICE bool is_repeat(const DispatchArgs &a, int64_t expert, int i) {
     bool repeats = false;
     for (int before = i - i % a.round.topk; before < i; ++before)
-        repeats |= topk_idx_at(a, before) == expert;  // no early end: the loads need not wait
-    return repeats ? Routing::repeat_of(static_cast<int>(expert)) : static_cast<int>(expert);
+        repeats |= topk_idx_at(a, before) == expert;
+    return repeats;
 }
 
 constexpr int kChoicesAtOnce =
     kWarpSize == 1 ? 1 : 4;        // of a lane, loaded before the first is used
 constexpr int kTalliesAtOnce = 8;  // loaded before the first is added
 
-// Calls take(i, expert) for topk_idx[i], i in [begin, end). The whole block.
+// A warp's share of a block's choices: whole tokens, if they have no more choices than it has lanes.
+struct Lanes {
+    int used, place, stride;  // lanes at work; of this lane in the block's; of all lanes at work
+
+    EP_DEVICE explicit Lanes(int topk)
+        : used(topk <= Warp::size() ? Warp::size() / topk * topk : Warp::size()),
+          place(Warp::index_in_block() * used + Warp::rank()),
+          stride(Warp::count_in_block() * used) {}
+    EP_DEVICE bool works() const { return Warp::rank() < used; }
+};
+
+// Calls take(i, choice, expert) for topk_idx[i], i of the tokens [begin, end). The whole block.
 template <class Take>
 EP_DEVICE void each_choice(const DispatchArgs &a, int begin, int end, Take take) {
-    for (int first = begin + Block::rank(); first < end; first += kChoicesAtOnce * Block::size()) {
-        int64_t experts[kChoicesAtOnce];
+    const int topk = a.round.topk, last = end * topk;
+    const Lanes lanes(topk);
+    // All lanes of a warp stay together: they ask each other.
+    for (int first = begin * topk + lanes.place - Warp::rank(); first < last;
+         first += kChoicesAtOnce * lanes.stride) {
+        int experts[kChoicesAtOnce];
         EP_UNROLL
         for (int j = 0; j < kChoicesAtOnce; ++j) {
-            const int i = first + j * Block::size();
-            experts[j] = i < end ? topk_idx_at(a, i) : Routing::kNoChoice;
+            const int i = first + Warp::rank() + j * lanes.stride;
+            const int64_t expert = lanes.works() && i < last ? topk_idx_at(a, i) : -1;
+            const bool valid = expert >= 0 && expert < a.round.layout.shape.expert_count;
+            experts[j] = valid ? static_cast<int>(expert)
+                         : expert == Routing::kNoChoice ? Routing::kNoChoice : kInvalidExpert;
         }
         EP_UNROLL
-        for (int j = 0; j < kChoicesAtOnce; ++j)
-            if (first + j * Block::size() < end) take(first + j * Block::size(), experts[j]);
+        for (int j = 0; j < kChoicesAtOnce; ++j) {
+            if (first + j * lanes.stride >= last) break;
+            const int i = first + Warp::rank() + j * lanes.stride, expert = experts[j];
+            const bool repeats =
+                topk <= Warp::size()
+                    ? Warp::equals(expert < 0 ? -1 - Warp::rank()
+                                              : expert * kWarpSize + Warp::rank() / topk)
+                              .lower > 0
+                    : expert >= 0 && is_repeat(a, expert, i);
+            if (lanes.works() && i < last)
+                take(i, expert < 0 ? Routing::kNoChoice
+                        : repeats ? Routing::repeat_of(expert) : expert, expert);
+        }
     }
 }
 
-// Adds up the choices of each expert among choices [begin, end).
-EP_DEVICE void tally_choices(const DispatchArgs &a, int begin, int end, int32_t *tally) {
-    each_choice(a, begin, end, [&](int i, int64_t expert) {
-        const int32_t choice = choice_of(a, expert, i);
+// Adds up the choices of each expert among the tokens [0, end).
+EP_DEVICE void tally_choices(const DispatchArgs &a, int end, int32_t *tally) {
+    each_choice(a, 0, end, [&](int, int32_t choice, int) {
         if (choice >= 0) fetch_add(&tally[choice], 1);
     });
 }
 
 // Keeps a chunk's choices in the handle.
 EP_DEVICE void keep_choices(const DispatchArgs &a, Chunk chunk) {
-    const int topk = a.round.topk;
-    each_choice(a, chunk.begin * topk, chunk.end * topk, [&](int i, int64_t expert) {
-        const int32_t choice = choice_of(a, expert, i);
+    each_choice(a, chunk.begin, chunk.end, [&](int i, int32_t choice, int expert) {
         a.round.routing.choices[i] = choice;
-        if (choice == Routing::kNoChoice && expert != Routing::kNoChoice)
+        if (expert == kInvalidExpert)
             fetch_add(&a.round.state->invalid_expert_ids, uint64_t{1});
     });
 }
@@ -136,8 +164,7 @@ EP_DEVICE void count_before(const DispatchArgs &a, int chunk, int32_t *sums) {
     if (counts_ahead(r))
         add_tallies(a, chunk, sums);
     else
-        tally_choices(a, 0, Chunk::of(chunk, r.sender_block_count, r.token_count).begin * r.topk,
-                      sums);
+        tally_choices(a, Chunk::of(chunk, r.sender_block_count, r.token_count).begin, sums);
     Block::sync();
 }
 
@@ -173,42 +200,36 @@ EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *su
     const int per_rank = layout.local_expert_count;
     for (int peer = Block::rank(); peer < layout.shape.rank_count; peer += Block::size())
         if (is_active(r, peer))
-            post(layout.token_count(r.windows[peer], epoch, r.rank),
+            post(layout.token_count(r.window(peer), epoch, r.rank),
                  Signal::pack(epoch, r.token_count));
     count_before(a, r.sender_block_count, sums);
     for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size())
         if (is_active(r, e / per_rank))
-            post(layout.count(r.windows[e / per_rank], epoch, r.rank, e % per_rank),
+            post(layout.count(r.window(e / per_rank), epoch, r.rank, e % per_rank),
                  Signal::pack(epoch, sums[e]));
 }
 
 // Waits for a count from `source`. A limit it breaks masks the source.
-EP_DEVICE void await_count(const Wait &wait, const uint64_t *word, uint64_t epoch, int source) {
+EP_DEVICE int await_count(const Wait &wait, const uint64_t *word, uint64_t epoch, int source) {
     const Round &r = wait.round;
     uint64_t signal;
-    if (!wait.until_posted(word, epoch, source, &signal)) return;
-    if (Signal::value(signal) <= r.layout.shape.token_count_max) return;
+    if (!wait.until_posted(word, epoch, source, &signal)) return 0;
+    if (Signal::value(signal) <= r.layout.shape.token_count_max) return Signal::value(signal);
     fetch_add(&r.state->invalid_messages, uint64_t{1});
     store(&r.active[source], 0);
+    return 0;
 }
 
-// A count that has come. Its window may say something else by now.
-EP_DEVICE int arrived_count(const Round &r, const uint64_t *word) {
-    const int count = Signal::value(look(word));
-    return count <= r.layout.shape.token_count_max ? count : 0;
-}
-
-// One thread per local expert: decides where each source's rows begin.
-EP_DEVICE void decide_begins(const DispatchArgs &a, uint64_t epoch, int expert) {
+// One thread per local expert: decides where each source's rows begin. `counts`: [source][expert].
+EP_DEVICE void decide_begins(const DispatchArgs &a, uint64_t epoch, int expert,
+                             const int32_t *counts) {
     const Round &r = a.round;
-    const int ranks = r.layout.shape.rank_count;
+    const int ranks = r.layout.shape.rank_count, experts = r.layout.local_expert_count;
     uint64_t *begins = r.routing.begins + size_t(expert) * (ranks + 1);
     int begin = 0;
     for (int source = 0; source < ranks; ++source) {
-        const int count =
-            Signal::value(look(&r.routing.token_counts[source])) == 0
-                ? 0
-                : arrived_count(r, r.layout.count(r.windows[r.rank], epoch, source, expert));
+        const bool counted = Signal::value(look(&r.routing.token_counts[source])) != 0;
+        const int count = counted ? counts[source * experts + expert] : 0;
         post(&begins[source], Signal::pack(epoch, begin));
         if (a.out_layout_range != nullptr)
             a.out_layout_range[size_t(expert) * ranks + source] = int64_t{begin} << 32 | count;
@@ -218,26 +239,31 @@ EP_DEVICE void decide_begins(const DispatchArgs &a, uint64_t epoch, int expert) 
     a.out_count[expert] = begin;
 }
 
-// Waits for all counts, and decides for all blocks whose tokens count. The counter.
-EP_DEVICE void decide_layout(const DispatchArgs &a, uint64_t epoch) {
+// Waits for all counts, and decides for all blocks whose tokens count. The counter; `counts` has
+// room for one of each global expert.
+EP_DEVICE void decide_layout(const DispatchArgs &a, uint64_t epoch, int32_t *counts) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
     const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
-    char *window = r.windows[r.rank];
+    char *window = r.window(r.rank);
     const Wait wait(r);
-    for (int i = Block::rank(); i < ranks * (experts + 1); i += Block::size())
-        await_count(wait, layout.count(window, epoch, i / (experts + 1), i % (experts + 1)), epoch,
-                    i / (experts + 1));
+    for (int i = Block::rank(); i < ranks * experts; i += Block::size())
+        counts[i] = await_count(wait, layout.count(window, epoch, i / experts, i % experts), epoch,
+                                i / experts);
+    for (int source = Block::rank(); source < ranks; source += Block::size()) {
+        const int tokens =
+            await_count(wait, layout.token_count(window, epoch, source), epoch, source);
+        post(&r.routing.token_counts[source], Signal::pack(0, tokens));  // not yet of this round
+    }
     Block::sync();
     for (int source = Block::rank(); source < ranks; source += Block::size()) {
-        const int tokens = is_active(r, source)
-                               ? arrived_count(r, layout.token_count(window, epoch, source))
-                               : 0;
-        post(&r.routing.token_counts[source], Signal::pack(epoch, tokens));
+        const int tokens = Signal::value(look(&r.routing.token_counts[source]));
+        const bool active = is_active(r, source);
+        post(&r.routing.token_counts[source], Signal::pack(epoch, active ? tokens : 0));
     }
     Block::sync();
     for (int expert = Block::rank(); expert < experts; expert += Block::size())
-        decide_begins(a, epoch, expert);
+        decide_begins(a, epoch, expert, counts);
 }
 
 }  // namespace ep::EP_DEVICE_NAMESPACE

@@ -20,93 +20,60 @@
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
+// What the lanes of a warp share: where the row goes that they move.
+struct RowTargets {
+    int32_t rows[kTopkMax];  // here, of the token's entries; -1: none
+    int32_t peers[kTopkMax], counts[kTopkMax];  // other ranks, and how many entries go there
+    Entry entries[kTopkMax];                    // of the message whose head goes by line
+};
+
 // What the threads of a block share.
 struct DispatchShared {
-    int32_t sums[kSharedExpertCountMax];         // of each expert
-    int32_t rows[kWarpsOfBlockMax][kTopkMax];    // of the token that a warp places; -1: none
+    int32_t sums[kSharedExpertCountMax];  // of each expert
+    RowTargets targets[kWarpsOfBlockMax];
 };
 
 EP_DEVICE Slice whole_row(const Round &r) {
     return {0, r.hidden};
 }
 
-// ---- Sending by flag ----------------------------------------------------------------------------
+constexpr int kRowLoads = 14;  // in flight of a lane that moves a whole row
 
-// Copies or casts a slice of a token's row to each target.
-template <bool kCast, Element kType>
-EP_DEVICE void put_row(const DispatchArgs &a, int token, Slice slice, const RowTargets &to) {
+// ---- Rows ---------------------------------------------------------------------------------------
+
+// Copies or casts a slice of a token's row to the targets to(0) .. to(count - 1).
+template <int kLoadsInFlight, bool kCast, Element kType, class To>
+EP_DEVICE void put_row(const DispatchArgs &a, int token, Slice slice, int count, To to) {
     const char *row = a.x + token * a.x_stride;
     if constexpr (kCast) {
-        cast_fan_out<kType>(to, row, slice, a.quant == Quant::kFp8Pow2);
+        cast_fan_out<kType>(count, to, row, slice, a.quant == Quant::kFp8Pow2);
     } else {
-        fan_out<Warp>(to.row, to.count, row, size_t(slice.begin) * element_bytes(kType),
+        fan_out<Warp, kLoadsInFlight>(count, [&](int i) { return to(i).row; }, row,
+                      size_t(slice.begin) * element_bytes(kType),
                       size_t(slice.end) * element_bytes(kType), a.round.caching);
         if constexpr (kType == Element::kFp8) {
             const float *scales = a.x_scales.data + token * a.x_scales.row_stride;
             for (int g = slice.begin / kScaleGroup + Warp::rank(); g < slice.end / kScaleGroup;
                  g += Warp::size())
-                for (int i = 0; i < to.count; ++i)
-                    to.scales[i][g * to.scale_stride] = scales[g * a.x_scales.group_stride];
+                for (int i = 0; i < count; ++i)
+                    if (const Target at = to(i); at.row != nullptr)
+                        at.scales[g * at.scale_stride] = scales[g * a.x_scales.group_stride];
         }
     }
 }
 
-// Writes the entries of a message; returns how many there are.
+EP_DEVICE const float *weights_of(const DispatchArgs &a, int token) {
+    return a.topk_weights == nullptr ? nullptr : a.topk_weights + token * a.round.topk;
+}
+
+// Writes the entries of a message; returns how many there are. One warp.
 EP_DEVICE int put_entries(const DispatchArgs &a, int token, ExpertRange range, Entry *entries) {
     const Round &r = a.round;
-    const int32_t *choices = r.routing.choices + token * r.topk;
-    const int32_t *positions = r.routing.positions + token * r.topk;
-    const float *weights = a.topk_weights == nullptr ? nullptr : a.topk_weights + token * r.topk;
-    for (int k = Warp::rank(); k < r.topk; k += Warp::size())
-        if (range.has(choices[k]))
-            entries[entries_before(choices, k, range)] = {
-                choices[k] - range.first, positions[k], merged_weight(choices, weights, k, r.topk),
-                0};
-    return entries_before(choices, r.topk, range);
-}
-
-// The messages of one token that wait for its row.
-struct Outbox {
-    RowTargets to;
-    uint64_t *flag[kFanOut];
-    uint64_t signal[kFanOut];
-};
-
-template <bool kCast, Element kType>
-EP_DEVICE void flush(const DispatchArgs &a, int token, Outbox *outbox) {
-    put_row<kCast, kType>(a, token, whole_row(a.round), outbox->to);
-    publish_all<Warp>(outbox->flag, outbox->signal, outbox->to.count);
-    outbox->to.count = 0;
-}
-
-// A rank that the token does not go to gets an empty message, so that nobody has to be told how
-// many messages there are. One warp.
-template <bool kCast, Element kType>
-EP_DEVICE void send_token(const DispatchArgs &a, uint64_t epoch, int token) {
-    const Round &r = a.round;
-    const Layout &layout = r.layout;
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kCast ? Element::kFp8 : kType);
-    Outbox outbox;
-    outbox.to.count = 0;
-    outbox.to.scale_stride = 1;
-    for (int step = 1; step < layout.shape.rank_count; ++step) {
-        const int peer = (r.rank + step) % layout.shape.rank_count;
-        if (!Warp::broadcast(int{is_active(r, peer)})) continue;
-        char *message = layout.message(r.windows[peer], epoch, peer, r.rank, token);
-        const int count =
-            put_entries(a, token, ExpertRange::of(layout, peer), Layout::entries(message));
-        if (count == 0) {
-            if (Warp::rank() == 0) publish(Layout::flag(message), Signal::pack(epoch, 0));
-            continue;
-        }
-        const int i = outbox.to.count++;
-        outbox.to.row[i] = layout.payload(message);
-        outbox.to.scales[i] = reinterpret_cast<float *>(layout.payload(message) + row_bytes);
-        outbox.flag[i] = Layout::flag(message);
-        outbox.signal[i] = Signal::pack(epoch, count);
-        if (outbox.to.count == kFanOut) flush<kCast, kType>(a, token, &outbox);
-    }
-    if (outbox.to.count > 0) flush<kCast, kType>(a, token, &outbox);
+    return each_entry(r.routing.choices + token * r.topk, weights_of(a, token), r.topk, range,
+                      [&](int32_t choice, int k, int index, float weight) {
+                          entries[index] = {choice - range.first,
+                                            r.routing.positions[token * r.topk + k], weight, 0};
+                      });
 }
 
 // ---- Sending by line ----------------------------------------------------------------------------
@@ -134,38 +101,31 @@ EP_DEVICE void send_part(const DispatchArgs &a, uint64_t epoch, int token, const
                          a.x_scales.group_stride, r.hidden / kScaleGroup, &pieces);
     for (int step = 1; step < layout.shape.rank_count; ++step) {
         const int peer = (r.rank + step) % layout.shape.rank_count;
-        if (!goes_to(a, token, ExpertRange::of(layout, peer))) continue;
-        if (!Warp::broadcast(int{is_active(r, peer)})) continue;
-        char *message = layout.message(r.windows[peer], epoch, peer, r.rank, token);
+        const int active = is_active(r, peer);  // loaded beside the choices
+        if (!goes_to(a, token, ExpertRange::of(layout, peer)) || !Warp::broadcast(active)) continue;
+        char *message = layout.message(r.window(peer), epoch, peer, r.rank, token);
         push_part(part, layout.payload(message), pieces, Signal::pack(epoch, 0));
     }
 }
 
-// Entry `index` of the message; zero if there are not so many.
-EP_DEVICE Entry nth_entry(const DispatchArgs &a, int token, ExpertRange range, int index) {
-    const Round &r = a.round;
-    const int32_t *choices = r.routing.choices + token * r.topk;
-    const float *weights = a.topk_weights == nullptr ? nullptr : a.topk_weights + token * r.topk;
-    for (int k = 0, entry = 0; k < r.topk; ++k)
-        if (range.has(choices[k]) && entry++ == index)
-            return {choices[k] - range.first, r.routing.positions[token * r.topk + k],
-                    merged_weight(choices, weights, k, r.topk), 0};
-    return {};
-}
-
-// Sends the head of one message, also of an empty one. One warp.
-EP_DEVICE void send_head(const DispatchArgs &a, uint64_t epoch, int token, int peer) {
+// Sends the head of one message, also of an empty one. One warp; it shares `entries`.
+EP_DEVICE void send_head(const DispatchArgs &a, uint64_t epoch, int token, int peer,
+                         Entry *entries) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
     if (!Warp::broadcast(int{is_active(r, peer)})) return;
-    const ExpertRange range = ExpertRange::of(layout, peer);
-    const int count = entries_before(r.routing.choices + token * r.topk, r.topk, range);
-    char *message = layout.message(r.windows[peer], epoch, peer, r.rank, token);
-    auto piece = bit_cast<Vector>(
-        nth_entry(a, token, range, LineLane::line() * Layout::kPiecesOfLine + LineLane::piece()));
-    if (LineLane::has_signal()) piece = {{Signal::pack(epoch, count), 0}};
+    const int count = put_entries(a, token, ExpertRange::of(layout, peer), entries);
+    Warp::sync();
+    char *message = layout.message(r.window(peer), epoch, peer, r.rank, token);
+    const int index = LineLane::line() * Layout::kPiecesOfLine + LineLane::piece();
+    Vector piece{};
+    if (LineLane::has_signal())
+        piece = {{Signal::pack(epoch, count), 0}};
+    else if (index < count)
+        piece = bit_cast<Vector>(entries[index]);
     const bool here = LineLane::line() < static_cast<int>(layout.head_bytes / Layout::kLineBytes);
     push(message + Warp::rank() * Layout::kPieceBytes, here, LineLane::has_signal(), piece);
+    Warp::sync();  // before the next message's entries take the place of this one's
 }
 
 // ---- Placing ------------------------------------------------------------------------------------
@@ -176,7 +136,8 @@ EP_DEVICE int32_t row_of(const Round &r, uint64_t epoch, int source, const Entry
     const int ranks = r.layout.shape.rank_count;
     if (entry.local_expert < 0 || entry.local_expert >= r.layout.local_expert_count) return -1;
     const uint64_t *begins = r.routing.begins + size_t(entry.local_expert) * (ranks + 1) + source;
-    const int begin = decided(begins, epoch), end = decided(begins + 1, epoch);
+    int begin, end;
+    decided(begins, epoch, &begin, &end);
     if (entry.position < 0 || entry.position >= end - begin) return -1;
     return entry.local_expert * ranks * r.layout.shape.token_count_max + begin + entry.position;
 }
@@ -210,51 +171,39 @@ EP_DEVICE void keep_row_count(const DispatchArgs &a, const Incoming &in, int cou
 }
 
 // A row's place in the outputs.
-struct RowPlace {
-    char *row;
-    float *scales;
-};
-
-EP_DEVICE RowPlace place_of(const DispatchArgs &a, int32_t row) {
+EP_DEVICE Target place_of(const DispatchArgs &a, int32_t row) {
+    if (row < 0) return {nullptr, nullptr, 0};
     const size_t row_bytes = size_t(a.round.hidden) * element_bytes(a.out_type());
     const int region = a.round.layout.shape.rank_count * a.round.layout.shape.token_count_max;
-    return {a.out_x + row * row_bytes, a.out_scales.data + row / region * a.out_scales.expert_stride +
-                                           row % region * a.out_scales.row_stride};
+    return {a.out_x + row * row_bytes,
+            a.out_scales.data + row / region * a.out_scales.expert_stride +
+                row % region * a.out_scales.row_stride,
+            a.out_scales.group_stride};
 }
 
-// The rows of at most kFanOut of `count` entries from *next on, as places in the outputs.
-EP_DEVICE RowTargets next_targets(const DispatchArgs &a, const int32_t *rows, int count,
-                                  int *next) {
-    RowTargets to;
-    to.count = 0;
-    to.scale_stride = a.out_scales.group_stride;
-    while (*next < count && to.count < kFanOut) {
-        const int32_t row = rows[(*next)++];
-        if (row < 0) continue;
-        const RowPlace place = place_of(a, row);
-        to.row[to.count] = place.row;
-        to.scales[to.count++] = place.scales;
-    }
-    return to;
-}
-
-// Places a slice of this rank's own token: no message, straight from its choices. One warp.
-template <bool kCast, Element kType>
-EP_DEVICE void place_own(const DispatchArgs &a, const Incoming &in, Slice slice) {
+// Finds the rows of this rank's own token: no message, straight from its choices. Returns how many
+// there are. One warp.
+EP_DEVICE int take_own(const DispatchArgs &a, const Incoming &in) {
     const Round &r = a.round;
     const ExpertRange range = ExpertRange::of(r.layout, r.rank);
-    const int32_t *choices = r.routing.choices + in.token * r.topk;
-    const float *weights = a.topk_weights == nullptr ? nullptr : a.topk_weights + in.token * r.topk;
-    for (int k = Warp::rank(); k < r.topk; k += Warp::size())
-        if (range.has(choices[k]))
-            take_entry(a, in, entries_before(choices, k, range),
-                       {choices[k] - range.first, r.routing.positions[in.token * r.topk + k],
-                        merged_weight(choices, weights, k, r.topk), 0});
-    const int count = entries_before(choices, r.topk, range);
+    const int count = each_entry(
+        r.routing.choices + in.token * r.topk, weights_of(a, in.token), r.topk, range,
+        [&](int32_t choice, int k, int index, float weight) {
+            take_entry(a, in, index,
+                       {choice - range.first, r.routing.positions[in.token * r.topk + k], weight,
+                        0});
+        });
     keep_row_count(a, in, count);
     Warp::sync();
-    for (int next = 0; next < count;)
-        put_row<kCast, kType>(a, in.token, slice, next_targets(a, in.rows, count, &next));
+    return count;
+}
+
+// Places a slice of this rank's own token. One warp.
+template <int kLoadsInFlight, bool kCast, Element kType>
+EP_DEVICE void place_own(const DispatchArgs &a, const Incoming &in, Slice slice) {
+    const int count = take_own(a, in);
+    put_row<kLoadsInFlight, kCast, kType>(a, in.token, slice, count,
+                          [&](int i) { return place_of(a, in.rows[i]); });
     Warp::sync();  // before the next token's rows take the place of this one's
 }
 
@@ -266,16 +215,19 @@ EP_DEVICE int entry_count(const Round &r, uint64_t signal, bool keeps) {
     return 0;
 }
 
-// Copies an arrived row, and its scales, to each target.
+// Copies an arrived row, and its scales, to each of the rows.
 template <Element kOut>
-EP_DEVICE void unpack_row(const DispatchArgs &a, const char *payload, const RowTargets &to) {
+EP_DEVICE void unpack_row(const DispatchArgs &a, const char *payload, const int32_t *rows,
+                          int count) {
     const size_t row_bytes = size_t(a.round.hidden) * element_bytes(kOut);
-    fan_out<Warp>(to.row, to.count, payload, 0, row_bytes, a.round.caching);
+    fan_out<Warp, kRowLoads>(count, [&](int i) { return place_of(a, rows[i]).row; }, payload, 0, row_bytes,
+                  a.round.caching);
     if constexpr (kOut == Element::kFp8) {
         const auto *scales = reinterpret_cast<const float *>(payload + row_bytes);
         for (int g = Warp::rank(); g < a.round.hidden / kScaleGroup; g += Warp::size())
-            for (int i = 0; i < to.count; ++i)
-                to.scales[i][g * to.scale_stride] = scales[g];
+            for (int i = 0; i < count; ++i)
+                if (const Target at = place_of(a, rows[i]); at.row != nullptr)
+                    at.scales[g * at.scale_stride] = scales[g];
     }
 }
 
@@ -283,7 +235,7 @@ EP_DEVICE void unpack_row(const DispatchArgs &a, const char *payload, const RowT
 template <Element kOut>
 EP_DEVICE void receive_message(const DispatchArgs &a, const Wait &wait, const Incoming &in) {
     const Round &r = a.round;
-    char *message = r.layout.message(r.windows[r.rank], in.epoch, r.rank, in.source, in.token);
+    char *message = r.layout.message(r.window(r.rank), in.epoch, r.rank, in.source, in.token);
     uint64_t signal;
     const bool came = wait.until<Warp>(Layout::flag(message), in.epoch, in.source, &signal);
     const int count = came ? entry_count(r, signal, in.keeps) : 0;
@@ -291,8 +243,7 @@ EP_DEVICE void receive_message(const DispatchArgs &a, const Wait &wait, const In
         take_entry(a, in, i, Layout::entries(message)[i]);
     keep_row_count(a, in, count);
     Warp::sync();
-    for (int next = 0; next < count;)
-        unpack_row<kOut>(a, r.layout.payload(message), next_targets(a, in.rows, count, &next));
+    unpack_row<kOut>(a, r.layout.payload(message), in.rows, count);
     Warp::sync();  // before the next token's rows take the place of this one's
 }
 
@@ -309,7 +260,7 @@ EP_DEVICE int await_part(const Wait &wait, const Incoming &in, const Part &part,
                          LineArrival *arrival) {
     const Round &r = wait.round;
     const Layout &layout = r.layout;
-    char *message = layout.message(r.windows[r.rank], in.epoch, r.rank, in.source, in.token);
+    char *message = layout.message(r.window(r.rank), in.epoch, r.rank, in.source, in.token);
     const bool has_head = LineLane::line() < static_cast<int>(layout.head_bytes / Layout::kLineBytes);
     for (uint32_t attempt = 0;; ++attempt) {
         const uint64_t tokens = look(&r.routing.token_counts[in.source]);
@@ -344,14 +295,56 @@ EP_DEVICE bool receive_part(const DispatchArgs &a, const Wait &wait, const Incom
     keep_row_count(a, in, count);
     Warp::sync();
     for (int i = 0; i < count; ++i) {
-        if (in.rows[i] < 0) continue;
-        const RowPlace place = place_of(a, in.rows[i]);
-        place_part<kOut == Element::kFp8>(part, arrival.row.pieces, row_bytes, place.row,
-                                          place.scales, a.out_scales.group_stride,
-                                          a.round.hidden / kScaleGroup);
+        const Target to = place_of(a, in.rows[i]);
+        if (to.row != nullptr)
+            place_part<kOut == Element::kFp8>(part, arrival.row.pieces, row_bytes, to,
+                                              a.round.hidden / kScaleGroup);
     }
     Warp::sync();  // before the next token's rows take the place of this one's
     return true;
+}
+
+// ---- Sending by flag ----------------------------------------------------------------------------
+
+// Sends a token to all its ranks, and places it here if the launch also receives: one read of its
+// row. A rank that it does not go to gets an empty message, so that nobody has to be told how many
+// messages there are. One warp.
+template <bool kCast, Element kType>
+EP_DEVICE void send_token(const DispatchArgs &a, uint64_t epoch, int token, RowTargets *targets) {
+    const Round &r = a.round;
+    const Layout &layout = r.layout;
+    const size_t row_bytes = size_t(r.hidden) * element_bytes(kCast ? Element::kFp8 : kType);
+    const auto message_to = [&](int peer) {
+        return layout.message(r.window(peer), epoch, peer, r.rank, token);
+    };
+    int peers = 0;
+    for (int step = 1; step < layout.shape.rank_count; ++step) {
+        const int peer = (r.rank + step) % layout.shape.rank_count;
+        if (!Warp::broadcast(int{is_active(r, peer)})) continue;
+        const int count = put_entries(a, token, ExpertRange::of(layout, peer),
+                                      Layout::entries(message_to(peer)));
+        if (Warp::rank() == 0 && count == 0)
+            publish(Layout::flag(message_to(peer)), Signal::pack(epoch, 0));
+        if (count == 0) continue;
+        if (Warp::rank() == 0) {
+            targets->peers[peers] = peer;
+            targets->counts[peers] = count;
+        }
+        ++peers;
+    }
+    const int rows =
+        r.receives() ? take_own(a, {epoch, r.rank, token, true, targets->rows}) : 0;
+    Warp::sync();
+    put_row<kRowLoads, kCast, kType>(a, token, whole_row(r), peers + rows, [&](int i) {
+        if (i >= peers) return place_of(a, targets->rows[i - peers]);
+        char *payload = layout.payload(message_to(targets->peers[i]));
+        return Target{payload, reinterpret_cast<float *>(payload + row_bytes), 1};
+    });
+    before_publish<Warp>();
+    for (int i = Warp::rank(); i < peers; i += Warp::size())
+        publish(Layout::flag(message_to(targets->peers[i])),
+                Signal::pack(epoch, targets->counts[i]));
+    Warp::sync();  // before the next token's targets take the place of this one's
 }
 
 // ---- Roles --------------------------------------------------------------------------------------
@@ -370,7 +363,8 @@ EP_DEVICE Slice slice_of(const Round &r, Element type, int part, int parts) {
 }
 
 template <Carriage kCarriage, bool kCast, Element kType>
-EP_DEVICE void send_chunk(const DispatchArgs &a, uint64_t epoch, int index, int32_t *sums) {
+EP_DEVICE void send_chunk(const DispatchArgs &a, uint64_t epoch, int index, int32_t *sums,
+                          RowTargets *targets) {
     const Round &r = a.round;
     const Chunk chunk = Chunk::of(index, r.sender_block_count, r.token_count);
     const int warp = Warp::index_in_block(), warps = Warp::count_in_block();
@@ -384,11 +378,11 @@ EP_DEVICE void send_chunk(const DispatchArgs &a, uint64_t epoch, int index, int3
         const int peers = r.layout.shape.rank_count - 1;
         for (int i = warp; i < (chunk.end - chunk.begin) * peers; i += warps)
             send_head(a, epoch, chunk.begin + i / peers,
-                      (r.rank + 1 + i % peers) % r.layout.shape.rank_count);
+                      (r.rank + 1 + i % peers) % r.layout.shape.rank_count, targets->entries);
     } else {
         number_chunk(a, index, sums);
         for (int token = chunk.begin + warp; token < chunk.end; token += warps)
-            send_token<kCast, kType>(a, epoch, token);
+            send_token<kCast, kType>(a, epoch, token, targets);
     }
 }
 
@@ -400,7 +394,7 @@ EP_DEVICE void place_chunk(const DispatchArgs &a, uint64_t epoch, int index, int
     for (int i = Warp::index_in_block(); i < (chunk.end - chunk.begin) * parts;
          i += Warp::count_in_block()) {
         const Incoming in{epoch, r.rank, chunk.begin + i / parts, i % parts == 0, rows};
-        place_own<kCast, kType>(
+        place_own<kCarriage == Carriage::kLine ? 2 : kRowLoads, kCast, kType>(
             a, in, slice_of(r, kCast ? Element::kFp8 : kType, i % parts, parts));
     }
 }
@@ -428,29 +422,31 @@ EP_DEVICE void receive_from(const DispatchArgs &a, const Wait &wait, uint64_t ep
 }
 
 template <Carriage kCarriage, bool kCast, Element kType>
-EP_KERNEL dispatch_kernel(const DispatchArgs a) {
+EP_KERNEL_OF(kThreadsOf<kCarriage>) dispatch_kernel(const DispatchArgs a) {
     EP_SHARED(DispatchShared, shared);
     const Round &r = a.round;
     const Role role = Role::of(r);
     const uint64_t epoch =
         epoch_of(r, r.state->dispatch_tickets, r.routing.state->dispatch_epoch);
-    int32_t *rows = shared.rows[Warp::index_in_block()];
+    RowTargets *targets = &shared.targets[Warp::index_in_block()];
     if (role.counts && r.sends()) {
         publish_counts(a, epoch, sums_of(a, r.sender_block_count, shared.sums));
         if (Block::rank() == 0) r.routing.state->dispatch_epoch = epoch;
     }
-    if (role.counts && r.receives()) decide_layout(a, epoch);
+    if (role.counts && r.receives())
+        decide_layout(a, epoch, sums_of(a, r.sender_block_count, shared.sums));
     if (role.sender >= 0 && r.sends())
         send_chunk<kCarriage, kCast, kType>(a, epoch, role.sender,
-                                            sums_of(a, role.sender, shared.sums));
-    if (role.sender >= 0 && r.receives())
-        place_chunk<kCarriage, kCast, kType>(a, epoch, role.sender, rows);
+                                            sums_of(a, role.sender, shared.sums), targets);
+    // By flag, a launch that also sends has placed them.
+    if (role.sender >= 0 && r.receives() && (kCarriage == Carriage::kLine || !r.sends()))
+        place_chunk<kCarriage, kCast, kType>(a, epoch, role.sender, targets->rows);
     if (role.receiver >= 0 && r.receives()) {
         const Wait wait(r);
         const int ranks = r.layout.shape.rank_count;
         for (int step = 1; step < ranks; ++step)
             receive_from<kCarriage, kCast ? Element::kFp8 : kType>(
-                a, wait, epoch, (r.rank + step) % ranks, role, rows);
+                a, wait, epoch, (r.rank + step) % ranks, role, targets->rows);
     }
     if (r.sends()) hand_in(&r.state->dispatch_tickets);
 }
@@ -465,7 +461,8 @@ int launch_dispatch(DispatchArgs args, Phases phases, const Queue &queue) {
     set_roles(&r, queue, r.token_count, (shape.rank_count - 1) * shape.token_count_max * parts);
     if (has_phase(phases, Phases::kSend) && (counts_ahead(r) || queue.load_only))
         launch_all(dispatch_tally, args, queue, r.sender_block_count);
-    launch_phases(dispatch_kernel<kCarriage, kCast, kType>, args, phases, queue);
+    launch_phases(dispatch_kernel<kCarriage, kCast, kType>, args, phases, queue,
+                  kThreadsOf<kCarriage>);
     return launch_error();
 }
 

@@ -46,11 +46,14 @@ EP_HOST_DEVICE constexpr bool has_phase(Phases phases, Phases one) {
     return (static_cast<int32_t>(phases) & static_cast<int32_t>(one)) != 0;
 }
 
+constexpr int kWindowsAtHand = 8;
+
 // What any round knows.
 struct Round {
     Layout layout;
     int rank;
     char *const *windows;  // [rank] each rank's window, as mapped here
+    char *first_windows[kWindowsAtHand];  // of them: no load to wait for
     BufferState *state;
     Routing routing;
     int32_t *active;      // [rank] 1: takes part; a peer that misses the deadline gets 0
@@ -64,6 +67,9 @@ struct Round {
     Phases phases;
     int sender_block_count, receiver_block_count;
 
+    EP_HOST_DEVICE char *window(int of_rank) const {
+        return of_rank < kWindowsAtHand ? first_windows[of_rank] : windows[of_rank];
+    }
     EP_HOST_DEVICE bool sends() const { return has_phase(phases, Phases::kSend); }
     EP_HOST_DEVICE bool receives() const { return has_phase(phases, Phases::kReceive); }
 

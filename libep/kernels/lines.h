@@ -140,15 +140,14 @@ EP_DEVICE void cast_part(const Part &part, const char *row, int hidden, bool pow
     constexpr int kLanesOfGroup = kScaleGroup / kChannels;
     constexpr int kSteps = (kPiecesOfPart + kWarpSize - 1) / kWarpSize;
     static_assert(kPartBytes % kScaleGroup == 0, "whole groups");
-    Vector cast[kSteps];
-    float scales[kSteps];
+    Cast<1> cast[kSteps];
     EP_UNROLL
     for (int step = 0; step < kSteps; ++step) {
         const int piece = step * kWarpSize + Warp::rank();
         const int channel = part.index * kPartBytes + piece * kChannels;
         const bool inside = piece < kPiecesOfPart && channel < hidden;
-        cast[step] = cast_piece<kType, kLanesOfGroup>(row, channel, inside, power_of_two,
-                                                      &scales[step]);
+        cast[step] =
+            cast_channels<kType, kLanesOfGroup, 1>(row, channel, inside, power_of_two);
     }
     EP_UNROLL
     for (int to = 0; to < kStepsOfPart; ++to) {
@@ -158,11 +157,11 @@ EP_DEVICE void cast_part(const Part &part, const char *row, int hidden, bool pow
         TwoScales two{};
         EP_UNROLL
         for (int step = 0; step < kSteps; ++step) {
-            const Vector one = {{Warp::from(cast[step].words[0], piece % kWarpSize),
-                                 Warp::from(cast[step].words[1], piece % kWarpSize)}};
+            const Vector one = {{Warp::from(cast[step].pieces[0].words[0], piece % kWarpSize),
+                                 Warp::from(cast[step].pieces[0].words[1], piece % kWarpSize)}};
             const int first = at.first * kLanesOfGroup, last = at.last * kLanesOfGroup;
-            const float first_scale = Warp::from(scales[step], first % kWarpSize);
-            const float last_scale = Warp::from(scales[step], last % kWarpSize);
+            const float first_scale = Warp::from(cast[step].scale, first % kWarpSize);
+            const float last_scale = Warp::from(cast[step].scale, last % kWarpSize);
             if (piece / kWarpSize == step) found = one;
             if (first / kWarpSize == step) two.first = first_scale;
             if (last / kWarpSize == step) two.last = last_scale;
@@ -174,18 +173,19 @@ EP_DEVICE void cast_part(const Part &part, const char *row, int hidden, bool pow
 
 // Writes a part to one place of its row, and the scales that begin in it.
 template <bool kScales>
-EP_DEVICE void place_part(const Part &part, const Pieces &pieces, size_t row_bytes, char *row,
-                          float *scales, int64_t scale_stride, int groups) {
+EP_DEVICE void place_part(const Part &part, const Pieces &pieces, size_t row_bytes,
+                          const Target &to, int groups) {
     EP_UNROLL
     for (int step = 0; step < kStepsOfPart; ++step) {
         if (part.has_piece(step, row_bytes))
-            reinterpret_cast<Vector *>(row)[part.piece(step)] = pieces.step[step];
+            reinterpret_cast<Vector *>(to.row)[part.piece(step)] = pieces.step[step];
         if constexpr (kScales) {
             if (!LineLane::has_signal() || !part.has_line(step)) continue;
             const LineGroups at = LineGroups::of(part.line(step));
             const auto two = bit_cast<TwoScales>(pieces.step[step].words[1]);
-            if (at.first_begins) scales[at.first * scale_stride] = two.first;
-            if (at.last != at.first && at.last < groups) scales[at.last * scale_stride] = two.last;
+            if (at.first_begins) to.scales[at.first * to.scale_stride] = two.first;
+            if (at.last != at.first && at.last < groups)
+                to.scales[at.last * to.scale_stride] = two.last;
         }
     }
 }

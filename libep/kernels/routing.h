@@ -18,13 +18,6 @@ struct ExpertRange {
     EP_DEVICE bool has(int32_t choice) const { return choice >= first && choice < end; }
 };
 
-// How many of the first `count` choices are experts of the range, each counted once.
-EP_DEVICE int entries_before(const int32_t *choices, int count, ExpertRange range) {
-    int entries = 0;
-    for (int k = 0; k < count; ++k)
-        entries += range.has(choices[k]);
-    return entries;
-}
 
 // The weight of choice k and of its repeats.
 EP_DEVICE float merged_weight(const int32_t *choices, const float *weights, int k, int topk) {
@@ -33,6 +26,27 @@ EP_DEVICE float merged_weight(const int32_t *choices, const float *weights, int 
         if (choices[other] == Routing::repeat_of(choices[k]))
             sum += weights == nullptr ? 1.0f : weights[other];
     return sum;
+}
+
+// Calls visit(choice, k, index, weight) for each of a token's choices that is an expert of the range,
+// where index counts them in the order of k; returns how many there are. One warp, each lane some.
+template <class Visit>
+EP_DEVICE int each_entry(const int32_t *choices, const float *weights, int topk, ExpertRange range,
+                         Visit visit) {
+    int count = 0;
+    for (int first = 0; first < topk; first += Warp::size()) {
+        const int k = first + Warp::rank();
+        const int32_t choice = k < topk ? choices[k] : Routing::kNoChoice;
+        float weight = k < topk && weights != nullptr ? weights[k] : 1.0f;
+        const Equals had = Warp::count(range.has(choice));
+        const bool repeats = topk > Warp::size() || Warp::count(choice < Routing::kNoChoice).total > 0;
+        if (range.has(choice)) {
+            if (repeats) weight = merged_weight(choices, weights, k, topk);
+            visit(choice, k, count + had.lower, weight);
+        }
+        count += had.total;
+    }
+    return count;
 }
 
 // The lowest rank above `rank` that owns a choice; rank_count if there is none.
@@ -95,6 +109,17 @@ EP_DEVICE int decided(const uint64_t *word, uint64_t epoch) {
     }
 }
 
+// The same for two neighbours.
+EP_DEVICE void decided(const uint64_t *words, uint64_t epoch, int *one, int *next) {
+    for (uint32_t attempt = 0;; ++attempt) {
+        const uint64_t first = look(words), second = look(words + 1);
+        *one = Signal::value(first);
+        *next = Signal::value(second);
+        if (Signal::is_of(first, epoch) && Signal::is_of(second, epoch)) return;
+        pause(attempt);
+    }
+}
+
 // Waits of one block; their deadline counts from its start.
 struct Wait {
     const Round &round;
@@ -144,9 +169,14 @@ inline void set_roles(Round *round, const Queue &queue, int send_count, int rece
     round->receiver_block_count = kRolesApart ? between(receive_count, receivers) : receivers;
 }
 
+// By line, many warps share a message; by flag, few have many rows in flight.
+template <Carriage kCarriage>
+constexpr int kThreadsOf = kCarriage == Carriage::kLine ? kThreads : kThreadsOfRows;
+
 // Launches a kernel that has roles.
 template <class Args>
-void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &queue) {
+void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &queue,
+                   int threads) {
     Round &r = args.round;
     const int blocks = kRolesApart ? 1 + r.sender_block_count + r.receiver_block_count
                                    : r.sender_block_count;
@@ -154,11 +184,11 @@ void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &
         if (kRolesApart && phases == Phases::kBoth) break;
         if (!has_phase(phases, one)) continue;
         r.phases = one;
-        launch(kernel, args, queue, blocks);
+        launch(kernel, args, queue, blocks, threads);
     }
     if (!kRolesApart || phases != Phases::kBoth) return;
     r.phases = phases;
-    launch(kernel, args, queue, blocks);
+    launch(kernel, args, queue, blocks, threads);
 }
 
 }  // namespace ep::EP_DEVICE_NAMESPACE

@@ -1,8 +1,7 @@
 // Where everything is in a rank's window. The host, the kernels and the tests all ask this one
 // struct, and it computes each offset exactly once.
 //
-// A window holds `slot_count` slots, one per round in flight; a round of epoch n uses slot n mod
-// slot_count. Dispatch and combine have epochs, and so slots, of their own. In each slot:
+// A window holds `slot_count` slots, a power of two; a round of epoch n uses slot n mod slot_count. Dispatch and combine have epochs, and so slots, of their own. In each slot:
 //
 //   counts    [source][local expert, then one for the token count]  Signal
 //   messages  [box][token]  message.h
@@ -34,7 +33,7 @@ struct Shape {
     int expert_count;
     int token_count_max;
     int topk_max;
-    int slot_count;
+    int slot_count;  // rounded up by Layout::of
     size_t row_bytes_max;      // payload of a dispatch message, scales included
     size_t partial_bytes_max;  // payload of a combine row
     Carriage carriage = Carriage::kFlag;
@@ -66,6 +65,8 @@ struct Layout {
     static Layout of(const Shape &shape) {
         Layout l{};
         l.shape = shape;
+        for (l.shape.slot_count = 1; l.shape.slot_count < shape.slot_count;)
+            l.shape.slot_count *= 2;
         l.local_expert_count = shape.expert_count / shape.rank_count;
         if (shape.carriage == Carriage::kLine) {
             l.head_bytes = kLineBytes * signal_lines(sizeof(Entry) * shape.topk_max);
@@ -89,8 +90,8 @@ struct Layout {
         l.arrivals = carve(&l.combine_slot_bytes, sizeof(uint64_t) * shape.rank_count);
         l.weights = carve(&l.combine_slot_bytes, l.weight_bytes * boxed);
         l.partials = carve(&l.combine_slot_bytes, l.partial_bytes * boxed);
-        l.combine_slots = l.dispatch_slot_bytes * shape.slot_count;
-        l.bytes = l.combine_slots + l.combine_slot_bytes * shape.slot_count;
+        l.combine_slots = l.dispatch_slot_bytes * l.shape.slot_count;
+        l.bytes = l.combine_slots + l.combine_slot_bytes * l.shape.slot_count;
         return l;
     }
 
@@ -134,11 +135,12 @@ struct Layout {
 
   private:
     EP_HOST_DEVICE static uint64_t *word(char *at) { return reinterpret_cast<uint64_t *>(at); }
+    EP_HOST_DEVICE size_t slot(uint64_t epoch) const { return epoch & (shape.slot_count - 1); }
     EP_HOST_DEVICE char *dispatch_slot(char *window, uint64_t epoch) const {
-        return window + epoch % shape.slot_count * dispatch_slot_bytes;
+        return window + slot(epoch) * dispatch_slot_bytes;
     }
     EP_HOST_DEVICE char *combine_slot(char *window, uint64_t epoch) const {
-        return window + combine_slots + epoch % shape.slot_count * combine_slot_bytes;
+        return window + combine_slots + slot(epoch) * combine_slot_bytes;
     }
     EP_HOST_DEVICE size_t index_in_boxes(int owner, int source, int token) const {
         return size_t(source - (source > owner)) * shape.token_count_max + token;

@@ -319,6 +319,8 @@ inline ep::Round Fleet::kernel_round(Task &task) {
     round.layout = layout_;
     round.rank = task.rank;
     round.windows = windows_.data();
+    for (int peer = 0; peer < rig_.ranks && peer < kWindowsAtHand; ++peer)
+        round.first_windows[peer] = windows_[peer];
     round.state = &member.state;
     round.routing = {
         &task.state,        task.choices.data(),    task.positions.data(), task.token_counts.data(),
