@@ -19,7 +19,6 @@
 #define EP_DEVICE_NAMESPACE EP_CPU_LEVEL
 #define EP_DEVICE inline __attribute__((always_inline))
 #define EP_KERNEL inline void
-#define EP_KERNEL_OF(threads) inline void
 #define EP_UNROLL
 #define EP_SHARED(Type, name) Type name
 
@@ -34,7 +33,6 @@ struct Place {
 inline thread_local Place place;
 
 constexpr int kWarpsOfBlockMax = 1;
-constexpr int kThreads = 1, kThreadsOfRows = 1;
 constexpr bool kRolesApart = false;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
@@ -111,6 +109,13 @@ EP_DEVICE auto fetch(const char *from) {
     __builtin_memcpy(&raw, from, sizeof raw);
     return raw;
 }
+template <class Type, int kCount>
+EP_DEVICE auto fetch_row(const char *from) {
+    return fetch<Type, kCount>(from);
+}
+EP_DEVICE void pass_store(Vector *to, Vector value) {
+    *to = value;
+}
 template <class Type, int kCount, class Raw>
 EP_DEVICE Pack<kCount> widen(const Raw &raw) {
     using Bits = typename VectorOf<uint32_t, kCount>::Type;
@@ -164,7 +169,7 @@ EP_DEVICE void copy_row(char *to, const char *from, size_t bytes, Caching) {
 }
 #endif
 
-constexpr int kTermsAtOnce = 1, kPacksAtOnce = 1;  // the hardware looks ahead by itself
+constexpr int kTermLoads = 1, kPacksAtOnce = 1;  // the hardware looks ahead by itself
 
 template <class Group, int kLoadsInFlight, class To>
 EP_DEVICE void fan_out(int count, To to, const char *from, size_t begin, size_t end,
@@ -182,7 +187,7 @@ inline int receiver_block_count_max(const Queue &queue) {
 }
 
 template <class Args>
-void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count, int) {
+void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count) {
     if (block_count == 1) {
         place = {};
         kernel(args);
@@ -204,7 +209,7 @@ void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int bloc
 
 template <class Args>
 void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue, int item_count) {
-    if (item_count > 0) launch(kernel, args, queue, sender_block_count_max(queue), kThreads);
+    if (item_count > 0) launch(kernel, args, queue, sender_block_count_max(queue));
 }
 
 inline int launch_error() {

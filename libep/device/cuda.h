@@ -13,16 +13,13 @@
 #define EP_DEVICE __device__ __forceinline__
 #define EP_KERNEL \
     __global__ void __launch_bounds__(::ep::cuda::kThreads, ::ep::cuda::kBlocksOfProcessor)
-#define EP_KERNEL_OF(threads) \
-    __global__ void __launch_bounds__(threads, ::ep::cuda::kBlocksOfProcessor)
 #define EP_UNROLL _Pragma("unroll")
 #define EP_SHARED(Type, name) __shared__ Type name
 
 namespace ep::cuda {
 
 constexpr int kWarpSize = 32;
-constexpr int kThreads = 512;  // of a block at most
-constexpr int kThreadsOfRows = 256;  // of a block whose lanes need twice the registers
+constexpr int kThreads = 256;  // of a block at most
 constexpr int kBlocksOfProcessor =
     2;  // of kThreads that fit beside each other, whatever the kernel
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -155,6 +152,29 @@ EP_DEVICE void pause(uint32_t attempt) {
     if (attempt > 16) __nanosleep(64);
 }
 
+// Of rows that this multiprocessor does not use itself: they stay out of its cache.
+EP_DEVICE Vector pass_load(const Vector *from) {
+    Vector value;
+    asm volatile("ld.global.L1::no_allocate.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(value.words[0]), "=l"(value.words[1])
+                 : "l"(from)
+                 : "memory");
+    return value;
+}
+// For arrays that nobody writes during the launch: the compiler may move it.
+EP_DEVICE Vector pass_load_constant(const Vector *from) {
+    Vector value;
+    asm("ld.global.nc.L1::no_allocate.v2.u64 {%0, %1}, [%2];"
+        : "=l"(value.words[0]), "=l"(value.words[1])
+        : "l"(from));
+    return value;
+}
+EP_DEVICE void pass_store(Vector *to, Vector value) {
+    asm volatile("st.global.L1::no_allocate.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(value.words[0]),
+                 "l"(value.words[1])
+                 : "memory");
+}
+
 #include "device/lanes.h"
 
 // Two floats to float8_e4m3fn, rounded to nearest even, saturating.
@@ -210,9 +230,8 @@ inline int receiver_block_count_max(const Queue &queue) {
     return rest < 1 ? 1 : rest;
 }
 template <class Args>
-void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,
-            int threads) {
-    launch_blocks(kernel, args, queue, block_count, threads);
+void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count) {
+    launch_blocks(kernel, args, queue, block_count, kThreads);
 }
 
 // A block per item, of as many warps as fill the device; with more items than that, small blocks

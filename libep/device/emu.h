@@ -17,7 +17,6 @@
 #define EP_DEVICE_NAMESPACE emu
 #define EP_DEVICE inline
 #define EP_KERNEL inline void
-#define EP_KERNEL_OF(threads) inline void
 #define EP_UNROLL
 #define EP_SHARED(Type, name) Type &name = place.whole->template shared<Type>()
 
@@ -30,7 +29,6 @@ namespace ep::emu {
 constexpr int kWarpSize = EP_EMU_WARP_SIZE;
 constexpr int kWarpsPerBlock = 2;
 constexpr int kThreads = kWarpsPerBlock * kWarpSize;
-constexpr int kThreadsOfRows = kThreads;
 constexpr int kManyBlocks = 3;
 constexpr int kWarpsOfBlockMax = kWarpsPerBlock;
 
@@ -171,6 +169,17 @@ int grid_count() {
 }
 
 #include "device/host_atomics.h"
+// Of rows that this device does not use itself.
+inline Vector pass_load(const Vector *from) {
+    return *from;
+}
+inline Vector pass_load_constant(const Vector *from) {
+    return *from;
+}
+inline void pass_store(Vector *to, Vector value) {
+    *to = value;
+}
+
 #include "device/lanes.h"
 
 // The lane with the signal releases what the others of its warp have stored.
@@ -218,7 +227,7 @@ inline int receiver_block_count_max(const Queue &) {
     return 1;
 }
 template <class Args>
-void launch(void (*kernel)(Args), const Args &args, const Queue &, int block_count, int) {
+void launch(void (*kernel)(Args), const Args &args, const Queue &, int block_count) {
     launch_blocks(block_count, kernel, args);
 }
 template <class Args>

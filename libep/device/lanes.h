@@ -23,6 +23,24 @@ template <class Type, int kCount>
 EP_DEVICE Words<sizeof(typename Type::Storage) * kCount> fetch(const char *from) {
     return *reinterpret_cast<const Words<sizeof(typename Type::Storage) * kCount> *>(from);
 }
+// The same from a row that nobody writes during the launch, and of which this is the only use.
+template <class Type, int kCount>
+EP_DEVICE Words<sizeof(typename Type::Storage) * kCount> fetch_row(const char *from) {
+    using Raw = Words<sizeof(typename Type::Storage) * kCount>;
+    if constexpr (sizeof(Raw) % sizeof(Vector) != 0) {
+        return fetch<Type, kCount>(from);
+    } else {
+        struct {
+            Vector vectors[sizeof(Raw) / sizeof(Vector)];
+        } loaded;
+        EP_UNROLL
+        for (size_t i = 0; i < sizeof(Raw) / sizeof(Vector); ++i)
+            loaded.vectors[i] = pass_load_constant(reinterpret_cast<const Vector *>(from) + i);
+        Raw raw;
+        __builtin_memcpy(&raw, &loaded, sizeof raw);
+        return raw;
+    }
+}
 template <class Type, int kCount>
 EP_DEVICE Pack<kCount> widen(const Words<sizeof(typename Type::Storage) * kCount> &raw) {
     constexpr int kInWord = sizeof(uint32_t) / sizeof(typename Type::Storage);
@@ -83,7 +101,7 @@ EP_DEVICE void fan_out(int count, To to, const char *from, size_t begin, size_t 
         EP_UNROLL
         for (int i = 0; i < kLoadsInFlight; ++i) {
             const int v = first + i * Group::size();
-            if (v < vectors) loaded[i] = reinterpret_cast<const Vector *>(from)[v];
+            if (v < vectors) loaded[i] = pass_load(reinterpret_cast<const Vector *>(from) + v);
         }
         for (int target = 0; target < count; ++target) {
             char *row = to(target);
@@ -91,11 +109,11 @@ EP_DEVICE void fan_out(int count, To to, const char *from, size_t begin, size_t 
             EP_UNROLL
             for (int i = 0; i < kLoadsInFlight; ++i) {
                 const int v = first + i * Group::size();
-                if (v < vectors) reinterpret_cast<Vector *>(row)[v] = loaded[i];
+                if (v < vectors) pass_store(reinterpret_cast<Vector *>(row) + v, loaded[i]);
             }
         }
     }
 }
 
-constexpr int kPacksAtOnce = 4;  // of a row, beside each other
-constexpr int kTermsAtOnce = 4;  // rows of a sum whose loads are in flight together
+constexpr int kPacksAtOnce = 3;  // of a row, beside each other
+constexpr int kTermLoads = 12;   // of a lane that sums rows, in flight together

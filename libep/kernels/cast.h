@@ -104,6 +104,13 @@ EP_DEVICE Pack<kCount> load_channels(const char *row, int first) {
     using Type = TypeOf<kType>;
     return widen<Type, kCount>(fetch<Type, kCount>(row + first * sizeof(typename Type::Storage)));
 }
+// The same of a row that nobody writes during the launch, and of which this is the only use.
+template <Element kType, int kCount>
+EP_DEVICE Pack<kCount> load_row_channels(const char *row, int first) {
+    using Type = TypeOf<kType>;
+    return widen<Type, kCount>(
+        fetch_row<Type, kCount>(row + first * sizeof(typename Type::Storage)));
+}
 template <Element kType, int kCount>
 EP_DEVICE void store_channels(char *row, int first, const Pack<kCount> &values) {
     using Type = TypeOf<kType>;
@@ -165,7 +172,7 @@ EP_DEVICE Cast<kPieces> cast_channels(const char *row, int channel, bool inside,
     Pack<kPack> values[kPacks] = {};
     EP_UNROLL
     for (int i = 0; inside && i < kPacks; ++i)
-        values[i] = load_channels<kType, kPack>(row, channel + i * kPack);
+        values[i] = load_row_channels<kType, kPack>(row, channel + i * kPack);
     const float amax = Warp::max_over<kLanesOfGroup>(max_magnitude(values));
     const Fp8Scale by = Fp8Scale::of(amax, power_of_two);
     alignas(16) char bytes[kPacks * kPack];
@@ -209,9 +216,12 @@ EP_DEVICE void cast_fan_out(int count, To to, const char *from, Slice slice, boo
             for (int i = 0; i < kGroupsInFlight; ++i) {
                 const int group = first + i * groups_at_once + Warp::rank() / kLanes;
                 if (group >= group_end) continue;
-                __builtin_memcpy(__builtin_assume_aligned(
-                                     at.row + group * kScaleGroup + lane * kLaneChannels, 16),
-                                 &casts[i].pieces, sizeof casts[i].pieces);
+                EP_UNROLL
+                for (int piece = 0; piece < kPieces; ++piece)
+                    pass_store(reinterpret_cast<Vector *>(at.row + group * kScaleGroup +
+                                                          lane * kLaneChannels) +
+                                   piece,
+                               casts[i].pieces[piece]);
                 if (lane == 0) at.scales[group * at.scale_stride] = casts[i].scale;
             }
         }

@@ -77,16 +77,17 @@ template <Element kType, class Floats, int kPacks, class Channel>
 EP_DEVICE void sum_terms(const Terms &terms, Channel channel, Floats (&sums)[kPacks]) {
     using Type = TypeOf<kType>;
     constexpr int kCount = sizeof(Floats) / sizeof(float);
+    constexpr int kTermsAtOnce = kTermLoads < kPacks ? 1 : kTermLoads / kPacks;
     for (int first = 0; first < terms.count; first += kTermsAtOnce) {
         // As they are in memory, which takes fewer registers.
-        decltype(fetch<Type, kCount>(nullptr)) values[kTermsAtOnce][kPacks] = {};
+        decltype(fetch_row<Type, kCount>(nullptr)) values[kTermsAtOnce][kPacks] = {};
         EP_UNROLL
         for (int i = 0; i < kTermsAtOnce; ++i) {
             const char *row = first + i < terms.count ? terms.row[first + i] : nullptr;
             EP_UNROLL
             for (int pack = 0; pack < kPacks; ++pack)
                 if (row != nullptr && channel(pack) >= 0)
-                    values[i][pack] = fetch<Type, kCount>(
+                    values[i][pack] = fetch_row<Type, kCount>(
                         row + channel(pack) * sizeof(typename Type::Storage));
         }
         EP_UNROLL
@@ -412,7 +413,7 @@ EP_DEVICE void await_arrivals(const Round &r, uint64_t epoch) {
 }
 
 template <Carriage kCarriage, Element kType, Element kPartial>
-EP_KERNEL_OF(kThreadsOf<kCarriage>) combine_kernel(const CombineArgs a) {
+EP_KERNEL combine_kernel(const CombineArgs a) {
     EP_SHARED(CombineShared, shared);
     const Round &r = a.round;
     const Role role = Role::of(r);
@@ -441,8 +442,7 @@ int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
     r.phases = Phases::kSend;
     if (has_phase(phases, Phases::kSend) && args.topk_weights != nullptr)
         launch_all(combine_weights, args, queue, r.token_count);
-    launch_phases(combine_kernel<kCarriage, kType, kPartial>, args, phases, queue,
-                  kThreadsOf<kCarriage>);
+    launch_phases(combine_kernel<kCarriage, kType, kPartial>, args, phases, queue);
     return launch_error();
 }
 

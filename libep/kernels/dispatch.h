@@ -394,7 +394,7 @@ EP_DEVICE void place_chunk(const DispatchArgs &a, uint64_t epoch, int index, int
     for (int i = Warp::index_in_block(); i < (chunk.end - chunk.begin) * parts;
          i += Warp::count_in_block()) {
         const Incoming in{epoch, r.rank, chunk.begin + i / parts, i % parts == 0, rows};
-        place_own<kCarriage == Carriage::kLine ? 2 : kRowLoads, kCast, kType>(
+        place_own<kCarriage == Carriage::kLine ? 4 : kRowLoads, kCast, kType>(
             a, in, slice_of(r, kCast ? Element::kFp8 : kType, i % parts, parts));
     }
 }
@@ -422,7 +422,7 @@ EP_DEVICE void receive_from(const DispatchArgs &a, const Wait &wait, uint64_t ep
 }
 
 template <Carriage kCarriage, bool kCast, Element kType>
-EP_KERNEL_OF(kThreadsOf<kCarriage>) dispatch_kernel(const DispatchArgs a) {
+EP_KERNEL dispatch_kernel(const DispatchArgs a) {
     EP_SHARED(DispatchShared, shared);
     const Round &r = a.round;
     const Role role = Role::of(r);
@@ -461,8 +461,7 @@ int launch_dispatch(DispatchArgs args, Phases phases, const Queue &queue) {
     set_roles(&r, queue, r.token_count, (shape.rank_count - 1) * shape.token_count_max * parts);
     if (has_phase(phases, Phases::kSend) && (counts_ahead(r) || queue.load_only))
         launch_all(dispatch_tally, args, queue, r.sender_block_count);
-    launch_phases(dispatch_kernel<kCarriage, kCast, kType>, args, phases, queue,
-                  kThreadsOf<kCarriage>);
+    launch_phases(dispatch_kernel<kCarriage, kCast, kType>, args, phases, queue);
     return launch_error();
 }
 

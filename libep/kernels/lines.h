@@ -12,7 +12,7 @@ namespace ep::EP_DEVICE_NAMESPACE {
 
 constexpr int kLanesOfLine = 8;
 constexpr int kLinesAtOnce = kWarpSize < kLanesOfLine ? 1 : kWarpSize / kLanesOfLine;
-constexpr int kLinesOfPart = 8;
+constexpr int kLinesOfPart = 16;
 constexpr int kStepsOfPart = kLinesOfPart < kLinesAtOnce ? 1 : kLinesOfPart / kLinesAtOnce;
 constexpr int kPiecesOfPart = kLinesOfPart * Layout::kPiecesOfLine;
 constexpr int kPartBytes = kPiecesOfPart * static_cast<int>(Layout::kPieceBytes);

@@ -169,14 +169,9 @@ inline void set_roles(Round *round, const Queue &queue, int send_count, int rece
     round->receiver_block_count = kRolesApart ? between(receive_count, receivers) : receivers;
 }
 
-// By line, many warps share a message; by flag, few have many rows in flight.
-template <Carriage kCarriage>
-constexpr int kThreadsOf = kCarriage == Carriage::kLine ? kThreads : kThreadsOfRows;
-
 // Launches a kernel that has roles.
 template <class Args>
-void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &queue,
-                   int threads) {
+void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &queue) {
     Round &r = args.round;
     const int blocks = kRolesApart ? 1 + r.sender_block_count + r.receiver_block_count
                                    : r.sender_block_count;
@@ -184,11 +179,11 @@ void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &
         if (kRolesApart && phases == Phases::kBoth) break;
         if (!has_phase(phases, one)) continue;
         r.phases = one;
-        launch(kernel, args, queue, blocks, threads);
+        launch(kernel, args, queue, blocks);
     }
     if (!kRolesApart || phases != Phases::kBoth) return;
     r.phases = phases;
-    launch(kernel, args, queue, blocks, threads);
+    launch(kernel, args, queue, blocks);
 }
 
 }  // namespace ep::EP_DEVICE_NAMESPACE
