@@ -161,7 +161,8 @@ class Gpu : public Device {
             int atomics = 0;
             if (EP_GPU(GetDeviceProperties)(&properties, device) == kGpuSuccess &&
                 std::memcmp(&peer, &properties.uuid, sizeof peer) == 0)
-                return EP_GPU(DeviceGetP2PAttribute)(&atomics, EP_GPU(DevP2PAttrNativeAtomicSupported),
+                return EP_GPU(DeviceGetP2PAttribute)(&atomics,
+                                                     EP_GPU(DevP2PAttrNativeAtomicSupported),
                                                      device_, device) == kGpuSuccess &&
                        atomics != 0;
         }

@@ -132,7 +132,7 @@ struct Proposal {
 
 // By line, small messages are fast; large ones pay for the Signals in them.
 mep_status_t may_go_by_line(const Group &group, const Shape &shape, bool *lines) {
-    constexpr int kChoicesMax = 4096;  // each block counts them by itself
+    constexpr int kChoicesMax = 4096;                    // each block counts them by itself
     constexpr int kTopkMax = 4 * Layout::kPiecesOfLine;  // the lines that a warp moves at once
     long wanted = 0;
     EP_TRY(env_integer("MOONCAKE_EP_LINES", 0, 1, 1, &wanted));
@@ -236,10 +236,12 @@ mep_status_t Buffer::connect(const WindowHandle &mine) {
 mep_status_t Buffer::counters(mep_buffer_counters_t *counters) const {
     BufferState state;
     EP_TRY(device()->read(&state, state_.get(), sizeof state));
-    *counters = {sizeof *counters,         0,
+    *counters = {sizeof *counters,
+                 0,
                  state.dispatch_tickets / BufferState::kTicketsOfRound,
                  state.combine_tickets / BufferState::kTicketsOfRound,
-                 state.invalid_expert_ids, state.invalid_messages};
+                 state.invalid_expert_ids,
+                 state.invalid_messages};
     return MEP_OK;
 }
 

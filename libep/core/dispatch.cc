@@ -37,8 +37,8 @@ mep_status_t dispatch(const Call &call, DispatchArgs args) {
         handle.dispatch_round = buffer.dispatches.send();
     }
     const Entered entered(buffer.device());
-    EP_TRY(buffer.device()->launch_status(
-        buffer.device()->kernels().dispatch(args, call.kernel_phases(), buffer.queue(call.stream))));
+    EP_TRY(buffer.device()->launch_status(buffer.device()->kernels().dispatch(
+        args, call.kernel_phases(), buffer.queue(call.stream))));
     if (call.receives()) {
         buffer.dispatches.receive(handle.dispatch_round);
         handle.dispatch = Handle::State::kReceived;

@@ -220,8 +220,8 @@ void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, i
     kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(queue.stream)>>>(args);
 }
 
-// As many senders as multiprocessors; with the receivers and the counter, all blocks fit beside each
-// other.
+// As many senders as multiprocessors; with the receivers and the counter, all blocks fit beside
+// each other.
 inline int sender_block_count_max(const Queue &queue) {
     return queue.block_count;
 }

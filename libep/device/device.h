@@ -2,30 +2,43 @@
 //
 //   Thread, Warp, Block          groups: rank(), size(), sync(), index_in_block(), count_in_block()
 //   kWarpSize                    32 on CUDA, 64 on MACA, 1 on the CPU
-//   Warp::broadcast(v)           lane 0's value
+//   Warp::broadcast(v), from(v, lane)  lane 0's value, or that of any lane
 //   Warp::max_over<N>(v)         the largest among N neighbouring lanes (N divides kWarpSize)
 //   Warp::equals(key)            how many lanes hold the same key, and how many of them are lower
-//   Block::all(v)                whether v is true for all threads of the block
+//   Warp::count(v)               on how many lanes v is true, and on how many lower ones
+//   Warp::all(v)                 whether v is true on all lanes
 //   EP_SHARED(Type, name)        one plain struct that the threads of a block share; once a kernel
 //   grid_index<G>, grid_count<G> this group among all of the launch
 //   load, store, fetch_add       device scope, relaxed: no order, but no race
 //   publish(word, v)             all that this thread stored before is visible to whoever observes
 //                                v in word, also on another device
-//   publish_all<G>(words, vs, n) the same for n words, and for what any thread of G stored
+//   before_publish<G>()          what any thread of G stored before, counts as stored by all
+//   post(word, v), look(word)    a word that stands for nothing but itself, also between devices;
+//                                what launches before did is ordered
+//   push(at, here, signal, v)    stores a lane's piece of a line (wire/layout.h); `here`: the lane
+//                                has one, `signal`: it is the Signal's
+//   pull(at, here, signal, ...)  loads the lane's piece; true for the whole warp once the Signals
+//                                of all its lines are of the epoch
 //   observe<G>(word)             the word's value, and after it all that was published with it
 //   now_ns, pause(attempt)       for waits that end; a pause grows with the attempts before it
 //   Pack<n>, kPack               n floats that one lane handles at once, and how many are best;
 //                                rows are multiples of kPackMin
-//   widen<T>, narrow<T>          a pack from and to memory of element type T (kernels/cast.h)
+//   fetch<T>, widen<T>, narrow<T>  a pack from memory of element type T, as floats, and to memory
+//                                (kernels/cast.h); fetch_row: of a row that nobody writes meanwhile
 //   add, scaled, max_magnitude   arithmetic of packs, the last over an array of them; no product is
 //                                fused with a sum, so that all devices give the same bits
-//   fan_out<G>                   one row read once and written to at most kFanOut places; all
-//                                16-byte aligned; whether past the caches is a hint
-//   kShareCountMax               into how many shares a dispatch's choices are split for counting
-//   kOneBlockChoiceCountMax      how many choices one block counts alone
-//   kTermsAtOnce                 how many rows a sum should load before it adds
-//   launch_one, launch_all       host side: one block; blocks that fill the device, for so many
-//                                items
+//   fan_out<G, n>                one row read once, n loads of a lane in flight, and written to
+//                                several places; all 16-byte aligned; past the caches is a hint
+//   pass_store                   16 bytes of a row, which this block does not read again
+//   kTermLoads, kPacksAtOnce     loads in flight of a lane that sums rows; packs of a row of them
+//   kCastsFp8, cast_fp8          whether there is an instruction for that; its bits are Fp8's
+//   kRolesApart                  whether the blocks of a launch run beside each other; see Role
+//   kSharedExpertCountMax        experts whose counts fit the memory that a block shares
+//   kChoicesCountedByAllMax      choices that each block counts by itself
+//   kLineTokenCountMax           tokens of a buffer whose messages may go by line; 0: none
+//   sender_block_count_max, receiver_block_count_max  host side: blocks of a launch for each role
+//   launch, launch_all           host side: so many blocks; blocks that fill the device, for so
+//                                many items
 //   launch_error                 host side: 0, or the error of the launches before
 //
 // Only this file names vendors. Each header defines every word, in a namespace of its own

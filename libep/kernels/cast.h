@@ -190,9 +190,9 @@ struct Slice {
     int begin, end;
 };
 
-// Casts channels of one row to float8_e4m3fn with a scale per kScaleGroup channels, into each of the
-// targets to(0) .. to(count - 1). A group belongs to as many lanes as have 16 channels of it each, or
-// to the whole of a narrower warp.
+// Casts channels of one row to float8_e4m3fn with a scale per kScaleGroup channels, into each of
+// the targets to(0) .. to(count - 1). A group belongs to as many lanes as have 16 channels of it
+// each, or to the whole of a narrower warp.
 template <Element kType, class To>
 EP_DEVICE void cast_fan_out(int count, To to, const char *from, Slice slice, bool power_of_two) {
     constexpr int kLaneChannels = kScaleGroup / kWarpSize > 16 ? kScaleGroup / kWarpSize : 16;

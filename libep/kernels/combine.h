@@ -2,8 +2,8 @@
 // sums those. One launch, whose blocks have roles (before it another, if weights come only now:
 // owners push them to where their tokens are):
 //
-//   counter    tells every peer that this rank has begun the round, and at the end waits until every
-//              peer has (see ARCHITECTURE.md, reuse of slots)
+//   counter    tells every peer that this rank has begun the round, and at the end waits until
+//              all have (see ARCHITECTURE.md, reuse of slots)
 //   senders    for each token received: weigh and sum its rows, one row to its owner
 //   receivers  for each own token: wait for the rows of its ranks, and sum them in rank order
 //
@@ -18,12 +18,12 @@
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
-// Rounds of combine. By value into the kernels' words: one buffer's, one handle's.
 EP_DEVICE uint64_t combine_epoch_of(const Round &r) {
     return epoch_of(r, r.state->combine_tickets, r.routing.state->combine_epoch);
 }
 
-// Before the launch that sends. One warp per own token: a weight for each entry of each of its messages.
+// Before the launch that sends. One warp per own token: a weight for each entry of each of its
+// messages.
 EP_KERNEL combine_weights(const CombineArgs a) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
@@ -36,10 +36,9 @@ EP_KERNEL combine_weights(const CombineArgs a) {
             if (peer == r.rank || !Warp::broadcast(int{is_active(r, peer)})) continue;
             const ExpertRange range = ExpertRange::of(layout, peer);
             char *weight = layout.weight(r.window(peer), epoch, peer, r.rank, token);
-            each_entry(choices, weights, r.topk, range,
-                       [&](int32_t, int, int index, float value) {
-                           Layout::weight_values(weight)[index] = value;
-                       });
+            each_entry(choices, weights, r.topk, range, [&](int32_t, int, int index, float value) {
+                Layout::weight_values(weight)[index] = value;
+            });
             before_publish<Warp>();
             if (Warp::rank() == 0) publish(Layout::flag(weight), Signal::pack(epoch, 0));
         }
@@ -71,13 +70,15 @@ EP_DEVICE void put_terms(const CombineArgs &a, size_t slot, const float *weights
     if (Warp::rank() == 0) terms->count = count;
 }
 
-// The terms' sums over kPacks packs of channels; channel(i) is where pack i begins, negative for none.
-// Several rows are loaded before the first is added.
+// The terms' sums over kPacks packs of channels; channel(i) is where pack i begins, negative for
+// none. Several rows are loaded before the first is added.
 template <Element kType, class Floats, int kPacks, class Channel>
 EP_DEVICE void sum_terms(const Terms &terms, Channel channel, Floats (&sums)[kPacks]) {
     using Type = TypeOf<kType>;
     constexpr int kCount = sizeof(Floats) / sizeof(float);
-    constexpr int kTermsAtOnce = kTermLoads < kPacks ? 1 : kTermLoads / kPacks;
+    // What waits for its sums in a part of four packs leaves room for eight loads.
+    constexpr int kLoads = kPacks == 4 && kTermLoads > 8 ? 8 : kTermLoads;
+    constexpr int kTermsAtOnce = kLoads < kPacks ? 1 : kLoads / kPacks;
     for (int first = 0; first < terms.count; first += kTermsAtOnce) {
         // As they are in memory, which takes fewer registers.
         decltype(fetch_row<Type, kCount>(nullptr)) values[kTermsAtOnce][kPacks] = {};
@@ -101,8 +102,8 @@ EP_DEVICE void sum_terms(const Terms &terms, Channel channel, Floats (&sums)[kPa
     }
 }
 
-// Calls visit(sums, channel) for all channels of a row, after sum(&sums, channel) for packs of them;
-// see sum_terms for `channel`. One warp.
+// Calls visit(sums, channel) for all channels of a row, after sum(&sums, channel) for packs of
+// them; see sum_terms for `channel`. One warp.
 template <class Sum, class Visit>
 EP_DEVICE void each_pack(int hidden, Sum sum, Visit visit) {
     constexpr int kPacks = kPacksAtOnce;
@@ -130,8 +131,7 @@ EP_DEVICE void each_pack(int hidden, Sum sum, Visit visit) {
 template <Element kType, Element kPartial>
 EP_DEVICE void reduce_terms(const Terms &terms, int hidden, char *row) {
     each_pack(
-        hidden,
-        [&](auto &sums, auto channel) { sum_terms<kType>(terms, channel, sums); },
+        hidden, [&](auto &sums, auto channel) { sum_terms<kType>(terms, channel, sums); },
         [&](const auto &sum, int channel) { store_pack<kPartial>(row, channel, sum); });
 }
 
@@ -186,7 +186,8 @@ EP_DEVICE bool find_terms(const CombineArgs &a, const Wait &wait, const Outgoing
 template <Element kType, Element kPartial>
 EP_DEVICE void send_partial(const CombineArgs &a, const Outgoing &out, const Terms &terms) {
     const Round &r = a.round;
-    char *partial = r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token);
+    char *partial =
+        r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token);
     reduce_terms<kType, kPartial>(terms, r.hidden, Layout::partial_row(partial));
     before_publish<Warp>();
     if (Warp::rank() == 0) publish(Layout::flag(partial), Signal::pack(out.epoch, 0));
@@ -197,12 +198,12 @@ template <Element kPartial>
 constexpr int kPieceChannels = static_cast<int>(Layout::kPieceBytes) / element_bytes(kPartial);
 
 // The terms' sums over this lane's pieces.
-template <Element kType, Element kPartial>
-EP_DEVICE void sum_part(const Part &part, const Terms &terms, size_t row_bytes,
-                        Pack<kPieceChannels<kPartial>> (&sums)[kStepsOfPart]) {
+template <Element kType, Element kPartial, int kLines>
+EP_DEVICE void sum_part(const Part<kLines> &part, const Terms &terms, size_t row_bytes,
+                        Pack<kPieceChannels<kPartial>> (&sums)[Part<kLines>::kSteps]) {
     constexpr int kChannels = kPieceChannels<kPartial>;
     EP_UNROLL
-    for (int step = 0; step < kStepsOfPart; ++step)
+    for (int step = 0; step < Part<kLines>::kSteps; ++step)
         sums[step] = {};
     sum_terms<kType>(
         terms,
@@ -212,32 +213,33 @@ EP_DEVICE void sum_part(const Part &part, const Terms &terms, size_t row_bytes,
         sums);
 }
 
-template <Element kType, Element kPartial>
-EP_DEVICE void push_partial(const CombineArgs &a, const Outgoing &out, const Part &part,
+template <Element kType, Element kPartial, int kLines>
+EP_DEVICE void push_partial(const CombineArgs &a, const Outgoing &out, const Part<kLines> &part,
                             const Terms &terms) {
     const Round &r = a.round;
     constexpr int kChannels = kPieceChannels<kPartial>;
-    Pack<kChannels> sums[kStepsOfPart];
+    Pack<kChannels> sums[Part<kLines>::kSteps];
     sum_part<kType, kPartial>(part, terms, size_t(r.hidden) * element_bytes(kPartial), sums);
-    Pieces pieces;
+    Pieces<kLines> pieces;
     EP_UNROLL
-    for (int step = 0; step < kStepsOfPart; ++step) {
+    for (int step = 0; step < Part<kLines>::kSteps; ++step) {
         alignas(16) char bytes[sizeof(Vector)];
         store_channels<kPartial, kChannels>(bytes, 0, sums[step]);
         __builtin_memcpy(&pieces.step[step], bytes, sizeof bytes);
     }
-    push_part(part, r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token),
+    push_part(part,
+              r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token),
               pieces, Signal::pack(out.epoch, 0));
 }
 
 // A warp per token that dispatch received, or by line per part of one.
-template <Carriage kCarriage, Element kType, Element kPartial>
+template <int kLines, Element kType, Element kPartial>
 EP_DEVICE void send_partials(const CombineArgs &a, uint64_t epoch, const Role &role, Terms *terms) {
     const Round &r = a.round;
     const Wait wait(r);
     const int ranks = r.layout.shape.rank_count, warps = Warp::count_in_block();
     const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
-    const int parts = kCarriage == Carriage::kLine ? Part::count(row_bytes) : 1;
+    const int parts = part_count_of<kLines>(row_bytes);
     for (int step = 1; step < ranks; ++step) {
         const int source = (r.rank + step) % ranks;
         const int items = Signal::value(r.routing.token_counts[source]) * parts;
@@ -245,8 +247,8 @@ EP_DEVICE void send_partials(const CombineArgs &a, uint64_t epoch, const Role &r
              i += role.sender_count * warps) {
             const Outgoing out{epoch, source, i / parts};
             if (!find_terms<kType>(a, wait, out, terms)) continue;
-            if constexpr (kCarriage == Carriage::kLine)
-                push_partial<kType, kPartial>(a, out, Part(i % parts, row_bytes), *terms);
+            if constexpr (kLines > 0)
+                push_partial<kType, kPartial>(a, out, Part<kLines>(i % parts, row_bytes), *terms);
             else
                 send_partial<kType, kPartial>(a, out, *terms);
         }
@@ -329,8 +331,9 @@ EP_DEVICE void receive_token(const CombineArgs &a, const Wait &wait, uint64_t ep
 }
 
 // Waits for a part of a peer's row by line. False if the peer has failed. One warp.
-EP_DEVICE bool await_line_part(const Wait &wait, uint64_t epoch, int peer, const Part &part,
-                               char *lines, PartArrival *arrival) {
+template <int kLines>
+EP_DEVICE bool await_line_part(const Wait &wait, uint64_t epoch, int peer, const Part<kLines> &part,
+                               char *lines, PartArrival<kLines> *arrival) {
     for (uint32_t attempt = 0;; ++attempt) {
         const bool whole = arrival->pull_rest(part, lines, epoch);
         if (!Warp::broadcast(int{is_active(wait.round, peer)})) return false;
@@ -340,25 +343,25 @@ EP_DEVICE bool await_line_part(const Wait &wait, uint64_t epoch, int peer, const
 }
 
 // One part of an own token by line. One warp.
-template <Element kType, Element kPartial>
+template <Element kType, Element kPartial, int kLines>
 EP_DEVICE void receive_token_part(const CombineArgs &a, const Wait &wait, uint64_t epoch, int token,
-                                  const Part &part, Terms *terms) {
+                                  const Part<kLines> &part, Terms *terms) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
     constexpr int kChannels = kPieceChannels<kPartial>;
     const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
     put_own_terms<kType>(a, token, terms);
     Warp::sync();
-    Pack<kChannels> own[kStepsOfPart], sums[kStepsOfPart] = {};
+    Pack<kChannels> own[Part<kLines>::kSteps], sums[Part<kLines>::kSteps] = {};
     sum_part<kType, kPartial>(part, *terms, row_bytes, own);
     const int32_t *choices = r.routing.choices + token * r.topk;
     for (int peer = next_owner(layout, choices, r.topk, -1); peer < layout.shape.rank_count;
          peer = next_owner(layout, choices, r.topk, peer)) {
-        PartArrival arrival;
+        PartArrival<kLines> arrival;
         char *lines = layout.partial(r.window(r.rank), epoch, r.rank, peer, token);
         if (peer != r.rank && !await_line_part(wait, epoch, peer, part, lines, &arrival)) continue;
         EP_UNROLL
-        for (int step = 0; step < kStepsOfPart; ++step) {
+        for (int step = 0; step < Part<kLines>::kSteps; ++step) {
             alignas(16) char bytes[sizeof(Vector)];
             __builtin_memcpy(bytes, &arrival.pieces.step[step], sizeof bytes);
             add(&sums[step],
@@ -366,7 +369,7 @@ EP_DEVICE void receive_token_part(const CombineArgs &a, const Wait &wait, uint64
         }
     }
     EP_UNROLL
-    for (int step = 0; step < kStepsOfPart; ++step)
+    for (int step = 0; step < Part<kLines>::kSteps; ++step)
         if (part.has_piece(step, row_bytes))
             store_channels<kType, kChannels>(a.out + token * a.out_stride,
                                              part.piece(step) * kChannels, sums[step]);
@@ -374,19 +377,19 @@ EP_DEVICE void receive_token_part(const CombineArgs &a, const Wait &wait, uint64
 }
 
 // A warp per own token, or by line per part of one.
-template <Carriage kCarriage, Element kType, Element kPartial>
+template <int kLines, Element kType, Element kPartial>
 EP_DEVICE void receive_tokens(const CombineArgs &a, uint64_t epoch, const Role &role,
                               Parts *warp_parts) {
     const Round &r = a.round;
     const Wait wait(r);
     const int warps = Warp::count_in_block();
     const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
-    const int parts = kCarriage == Carriage::kLine ? Part::count(row_bytes) : 1;
+    const int parts = part_count_of<kLines>(row_bytes);
     for (int i = role.receiver * warps + Warp::index_in_block(); i < r.token_count * parts;
          i += role.receiver_count * warps) {
-        if constexpr (kCarriage == Carriage::kLine)
-            receive_token_part<kType, kPartial>(a, wait, epoch, i / parts,
-                                                Part(i % parts, row_bytes), &warp_parts->own);
+        if constexpr (kLines > 0)
+            receive_token_part<kType, kPartial>(
+                a, wait, epoch, i / parts, Part<kLines>(i % parts, row_bytes), &warp_parts->own);
         else
             receive_token<kType, kPartial>(a, wait, epoch, i, warp_parts);
     }
@@ -412,7 +415,7 @@ EP_DEVICE void await_arrivals(const Round &r, uint64_t epoch) {
     }
 }
 
-template <Carriage kCarriage, Element kType, Element kPartial>
+template <int kLines, Element kType, Element kPartial>
 EP_KERNEL combine_kernel(const CombineArgs a) {
     EP_SHARED(CombineShared, shared);
     const Round &r = a.round;
@@ -421,37 +424,40 @@ EP_KERNEL combine_kernel(const CombineArgs a) {
     Parts *parts = &shared.parts[Warp::index_in_block()];
     if (role.counts && r.sends()) tell_peers(r, epoch);
     if (role.sender >= 0 && r.sends())
-        send_partials<kCarriage, kType, kPartial>(a, epoch, role, &parts->own);
+        send_partials<kLines, kType, kPartial>(a, epoch, role, &parts->own);
     if (role.receiver >= 0 && r.receives())
-        receive_tokens<kCarriage, kType, kPartial>(a, epoch, role, parts);
+        receive_tokens<kLines, kType, kPartial>(a, epoch, role, parts);
     if (role.counts && r.receives()) await_arrivals(r, epoch);
     if (r.sends()) hand_in(&r.state->combine_tickets);
 }
 
 // ---- Launching ----------------------------------------------------------------------------------
 
-template <Carriage kCarriage, Element kType, Element kPartial>
+template <int kLines, Element kType, Element kPartial>
 int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
     Round &r = args.round;
     const Shape &shape = r.layout.shape;
-    const int parts = kCarriage == Carriage::kLine
-                          ? Part::count(size_t(r.hidden) * element_bytes(kPartial))
-                          : 1;
+    const int parts = part_count_of<kLines>(size_t(r.hidden) * element_bytes(kPartial));
     set_roles(&r, queue, (shape.rank_count - 1) * shape.token_count_max * parts,
               r.token_count * parts);
     r.phases = Phases::kSend;
     if (has_phase(phases, Phases::kSend) && args.topk_weights != nullptr)
         launch_all(combine_weights, args, queue, r.token_count);
-    launch_phases(combine_kernel<kCarriage, kType, kPartial>, args, phases, queue);
+    launch_phases(combine_kernel<kLines, kType, kPartial>, args, phases, queue);
     return launch_error();
 }
 
 template <Element kType, Element kPartial>
 int launch_combine(const CombineArgs &args, Phases phases, const Queue &queue) {
     if constexpr (kLineTokenCountMax > 0)
-        if (args.round.layout.shape.carriage == Carriage::kLine)
-            return launch_combine<Carriage::kLine, kType, kPartial>(args, phases, queue);
-    return launch_combine<Carriage::kFlag, kType, kPartial>(args, phases, queue);
+        if (args.round.layout.shape.carriage == Carriage::kLine) {
+            const size_t row_bytes = size_t(args.round.hidden) * element_bytes(kPartial);
+            if (args.round.token_count * part_count_of<kPartLinesMin>(row_bytes) <=
+                warp_count_max(queue))
+                return launch_combine<kPartLinesMin, kType, kPartial>(args, phases, queue);
+            return launch_combine<kPartLinesMax, kType, kPartial>(args, phases, queue);
+        }
+    return launch_combine<0, kType, kPartial>(args, phases, queue);
 }
 
 inline int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {

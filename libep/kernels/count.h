@@ -33,8 +33,8 @@ EP_DEVICE int64_t topk_idx_at(const DispatchArgs &a, int i) {
 
 constexpr int kInvalidExpert = -2;
 
-// Is topk_idx[i], which is `expert`, named by the same token before? Looks at each; used where a warp
-// does not have a lane for each choice of a token.
+// Is topk_idx[i], which is `expert`, named by the same token before? Looks at each; used where a
+// warp does not have a lane for each choice of a token.
 EP_DEVICE bool is_repeat(const DispatchArgs &a, int64_t expert, int i) {
     bool repeats = false;
     for (int before = i - i % a.round.topk; before < i; ++before)
@@ -46,7 +46,8 @@ constexpr int kChoicesAtOnce =
     kWarpSize == 1 ? 1 : 4;        // of a lane, loaded before the first is used
 constexpr int kTalliesAtOnce = 8;  // loaded before the first is added
 
-// A warp's share of a block's choices: whole tokens, if they have no more choices than it has lanes.
+// A warp's share of a block's choices: whole tokens, if they have no more choices than it has
+// lanes.
 struct Lanes {
     int used, place, stride;  // lanes at work; of this lane in the block's; of all lanes at work
 
@@ -71,8 +72,9 @@ EP_DEVICE void each_choice(const DispatchArgs &a, int begin, int end, Take take)
             const int i = first + Warp::rank() + j * lanes.stride;
             const int64_t expert = lanes.works() && i < last ? topk_idx_at(a, i) : -1;
             const bool valid = expert >= 0 && expert < a.round.layout.shape.expert_count;
-            experts[j] = valid ? static_cast<int>(expert)
-                         : expert == Routing::kNoChoice ? Routing::kNoChoice : kInvalidExpert;
+            experts[j] = valid                          ? static_cast<int>(expert)
+                         : expert == Routing::kNoChoice ? Routing::kNoChoice
+                                                        : kInvalidExpert;
         }
         EP_UNROLL
         for (int j = 0; j < kChoicesAtOnce; ++j) {
@@ -85,8 +87,11 @@ EP_DEVICE void each_choice(const DispatchArgs &a, int begin, int end, Take take)
                               .lower > 0
                     : expert >= 0 && is_repeat(a, expert, i);
             if (lanes.works() && i < last)
-                take(i, expert < 0 ? Routing::kNoChoice
-                        : repeats ? Routing::repeat_of(expert) : expert, expert);
+                take(i,
+                     expert < 0 ? Routing::kNoChoice
+                     : repeats  ? Routing::repeat_of(expert)
+                                : expert,
+                     expert);
         }
     }
 }
@@ -102,8 +107,7 @@ EP_DEVICE void tally_choices(const DispatchArgs &a, int end, int32_t *tally) {
 EP_DEVICE void keep_choices(const DispatchArgs &a, Chunk chunk) {
     each_choice(a, chunk.begin, chunk.end, [&](int i, int32_t choice, int expert) {
         a.round.routing.choices[i] = choice;
-        if (expert == kInvalidExpert)
-            fetch_add(&a.round.state->invalid_expert_ids, uint64_t{1});
+        if (expert == kInvalidExpert) fetch_add(&a.round.state->invalid_expert_ids, uint64_t{1});
     });
 }
 

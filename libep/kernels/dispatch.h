@@ -22,7 +22,7 @@ namespace ep::EP_DEVICE_NAMESPACE {
 
 // What the lanes of a warp share: where the row goes that they move.
 struct RowTargets {
-    int32_t rows[kTopkMax];  // here, of the token's entries; -1: none
+    int32_t rows[kTopkMax];                     // here, of the token's entries; -1: none
     int32_t peers[kTopkMax], counts[kTopkMax];  // other ranks, and how many entries go there
     Entry entries[kTopkMax];                    // of the message whose head goes by line
 };
@@ -48,9 +48,10 @@ EP_DEVICE void put_row(const DispatchArgs &a, int token, Slice slice, int count,
     if constexpr (kCast) {
         cast_fan_out<kType>(count, to, row, slice, a.quant == Quant::kFp8Pow2);
     } else {
-        fan_out<Warp, kLoadsInFlight>(count, [&](int i) { return to(i).row; }, row,
-                      size_t(slice.begin) * element_bytes(kType),
-                      size_t(slice.end) * element_bytes(kType), a.round.caching);
+        fan_out<Warp, kLoadsInFlight>(
+            count, [&](int i) { return to(i).row; }, row,
+            size_t(slice.begin) * element_bytes(kType), size_t(slice.end) * element_bytes(kType),
+            a.round.caching);
         if constexpr (kType == Element::kFp8) {
             const float *scales = a.x_scales.data + token * a.x_scales.row_stride;
             for (int g = slice.begin / kScaleGroup + Warp::rank(); g < slice.end / kScaleGroup;
@@ -86,12 +87,13 @@ EP_DEVICE bool goes_to(const DispatchArgs &a, int token, ExpertRange range) {
 }
 
 // Sends one part of a token's row; needs no numbers. One warp.
-template <bool kCast, Element kType>
-EP_DEVICE void send_part(const DispatchArgs &a, uint64_t epoch, int token, const Part &part) {
+template <bool kCast, Element kType, int kLines>
+EP_DEVICE void send_part(const DispatchArgs &a, uint64_t epoch, int token,
+                         const Part<kLines> &part) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
     const char *row = a.x + token * a.x_stride;
-    Pieces pieces{};
+    Pieces<kLines> pieces{};
     if constexpr (kCast)
         cast_part<kType>(part, row, r.hidden, a.quant == Quant::kFp8Pow2, &pieces);
     else
@@ -189,9 +191,9 @@ EP_DEVICE int take_own(const DispatchArgs &a, const Incoming &in) {
     const int count = each_entry(
         r.routing.choices + in.token * r.topk, weights_of(a, in.token), r.topk, range,
         [&](int32_t choice, int k, int index, float weight) {
-            take_entry(a, in, index,
-                       {choice - range.first, r.routing.positions[in.token * r.topk + k], weight,
-                        0});
+            take_entry(
+                a, in, index,
+                {choice - range.first, r.routing.positions[in.token * r.topk + k], weight, 0});
         });
     keep_row_count(a, in, count);
     Warp::sync();
@@ -203,7 +205,7 @@ template <int kLoadsInFlight, bool kCast, Element kType>
 EP_DEVICE void place_own(const DispatchArgs &a, const Incoming &in, Slice slice) {
     const int count = take_own(a, in);
     put_row<kLoadsInFlight, kCast, kType>(a, in.token, slice, count,
-                          [&](int i) { return place_of(a, in.rows[i]); });
+                                          [&](int i) { return place_of(a, in.rows[i]); });
     Warp::sync();  // before the next token's rows take the place of this one's
 }
 
@@ -220,8 +222,9 @@ template <Element kOut>
 EP_DEVICE void unpack_row(const DispatchArgs &a, const char *payload, const int32_t *rows,
                           int count) {
     const size_t row_bytes = size_t(a.round.hidden) * element_bytes(kOut);
-    fan_out<Warp, kRowLoads>(count, [&](int i) { return place_of(a, rows[i]).row; }, payload, 0, row_bytes,
-                  a.round.caching);
+    fan_out<Warp, kRowLoads>(
+        count, [&](int i) { return place_of(a, rows[i]).row; }, payload, 0, row_bytes,
+        a.round.caching);
     if constexpr (kOut == Element::kFp8) {
         const auto *scales = reinterpret_cast<const float *>(payload + row_bytes);
         for (int g = Warp::rank(); g < a.round.hidden / kScaleGroup; g += Warp::size())
@@ -231,7 +234,8 @@ EP_DEVICE void unpack_row(const DispatchArgs &a, const char *payload, const int3
     }
 }
 
-// Waits for a message by flag, and places its row; nothing of it if its source has failed. One warp.
+// Waits for a message by flag, and places its row; nothing of it if its source has failed. One
+// warp.
 template <Element kOut>
 EP_DEVICE void receive_message(const DispatchArgs &a, const Wait &wait, const Incoming &in) {
     const Round &r = a.round;
@@ -248,20 +252,23 @@ EP_DEVICE void receive_message(const DispatchArgs &a, const Wait &wait, const In
 }
 
 // What has come of a message by line.
+template <int kLines>
 struct LineArrival {
     Vector head;
     bool has_head = false;
-    PartArrival row;
+    PartArrival<kLines> row;
 };
 
 // Waits for a message's head, and one part of its row unless the message is empty. Returns the
 // number of entries; 0 if the source has failed; -1 if it turns out to have no such token.
-EP_DEVICE int await_part(const Wait &wait, const Incoming &in, const Part &part,
-                         LineArrival *arrival) {
+template <int kLines>
+EP_DEVICE int await_part(const Wait &wait, const Incoming &in, const Part<kLines> &part,
+                         LineArrival<kLines> *arrival) {
     const Round &r = wait.round;
     const Layout &layout = r.layout;
     char *message = layout.message(r.window(r.rank), in.epoch, r.rank, in.source, in.token);
-    const bool has_head = LineLane::line() < static_cast<int>(layout.head_bytes / Layout::kLineBytes);
+    const bool has_head =
+        LineLane::line() < static_cast<int>(layout.head_bytes / Layout::kLineBytes);
     for (uint32_t attempt = 0;; ++attempt) {
         const uint64_t tokens = look(&r.routing.token_counts[in.source]);
         if (!arrival->has_head)
@@ -273,20 +280,21 @@ EP_DEVICE int await_part(const Wait &wait, const Incoming &in, const Part &part,
                 r, Warp::from(arrival->head.words[0], Layout::kPiecesOfLine), in.keeps && whole);
             if (count == 0 || whole) return count;
         }
-        if (Warp::broadcast(int{Signal::is_of(tokens, in.epoch) &&
-                                in.token >= Signal::value(tokens)}))
+        if (Warp::broadcast(
+                int{Signal::is_of(tokens, in.epoch) && in.token >= Signal::value(tokens)}))
             return -1;
         if (!Warp::broadcast(int{is_active(r, in.source)})) return 0;
         wait.lapse<Warp>(in.source, attempt);
     }
 }
 
-// Waits for one part of a message by line, and places it. False if there is no such token. One warp.
-template <Element kOut>
+// Waits for one part of a message by line, and places it. False if there is no such token. One
+// warp.
+template <Element kOut, int kLines>
 EP_DEVICE bool receive_part(const DispatchArgs &a, const Wait &wait, const Incoming &in,
-                            const Part &part) {
+                            const Part<kLines> &part) {
     const size_t row_bytes = size_t(a.round.hidden) * element_bytes(kOut);
-    LineArrival arrival;
+    LineArrival<kLines> arrival;
     const int count = await_part(wait, in, part, &arrival);
     if (count < 0) return false;
     const int index = LineLane::line() * Layout::kPiecesOfLine + LineLane::piece();
@@ -321,8 +329,8 @@ EP_DEVICE void send_token(const DispatchArgs &a, uint64_t epoch, int token, RowT
     for (int step = 1; step < layout.shape.rank_count; ++step) {
         const int peer = (r.rank + step) % layout.shape.rank_count;
         if (!Warp::broadcast(int{is_active(r, peer)})) continue;
-        const int count = put_entries(a, token, ExpertRange::of(layout, peer),
-                                      Layout::entries(message_to(peer)));
+        const int count =
+            put_entries(a, token, ExpertRange::of(layout, peer), Layout::entries(message_to(peer)));
         if (Warp::rank() == 0 && count == 0)
             publish(Layout::flag(message_to(peer)), Signal::pack(epoch, 0));
         if (count == 0) continue;
@@ -332,8 +340,7 @@ EP_DEVICE void send_token(const DispatchArgs &a, uint64_t epoch, int token, RowT
         }
         ++peers;
     }
-    const int rows =
-        r.receives() ? take_own(a, {epoch, r.rank, token, true, targets->rows}) : 0;
+    const int rows = r.receives() ? take_own(a, {epoch, r.rank, token, true, targets->rows}) : 0;
     Warp::sync();
     put_row<kRowLoads, kCast, kType>(a, token, whole_row(r), peers + rows, [&](int i) {
         if (i >= peers) return place_of(a, targets->rows[i - peers]);
@@ -349,31 +356,32 @@ EP_DEVICE void send_token(const DispatchArgs &a, uint64_t epoch, int token, RowT
 
 // ---- Roles --------------------------------------------------------------------------------------
 
-template <Carriage kCarriage>
+template <int kLines>
 EP_HOST_DEVICE inline int part_count(const Round &r, Element out) {
-    if constexpr (kCarriage == Carriage::kFlag) return 1;
-    return Part::count(size_t(r.hidden) * element_bytes(out));
+    return part_count_of<kLines>(size_t(r.hidden) * element_bytes(out));
 }
 
 // The channels of one part.
-EP_DEVICE Slice slice_of(const Round &r, Element type, int part, int parts) {
-    if (parts == 1) return whole_row(r);
-    const int channels = kPartBytes / element_bytes(type), end = (part + 1) * channels;
+template <int kLines>
+EP_DEVICE Slice slice_of(const Round &r, Element type, int part) {
+    if constexpr (kLines == 0) return whole_row(r);
+    const int channels = Part<kLines>::kBytes / element_bytes(type), end = (part + 1) * channels;
     return {part * channels, end < r.hidden ? end : r.hidden};
 }
 
-template <Carriage kCarriage, bool kCast, Element kType>
+template <int kLines, bool kCast, Element kType>
 EP_DEVICE void send_chunk(const DispatchArgs &a, uint64_t epoch, int index, int32_t *sums,
                           RowTargets *targets) {
     const Round &r = a.round;
     const Chunk chunk = Chunk::of(index, r.sender_block_count, r.token_count);
     const int warp = Warp::index_in_block(), warps = Warp::count_in_block();
-    if constexpr (kCarriage == Carriage::kLine) {
+    if constexpr (kLines > 0) {
         constexpr Element kOut = kCast ? Element::kFp8 : kType;
         const size_t row_bytes = size_t(r.hidden) * element_bytes(kOut);
-        const int parts = part_count<kCarriage>(r, kOut);
+        const int parts = part_count<kLines>(r, kOut);
         for (int i = warp; i < (chunk.end - chunk.begin) * parts; i += warps)
-            send_part<kCast, kType>(a, epoch, chunk.begin + i / parts, Part(i % parts, row_bytes));
+            send_part<kCast, kType>(a, epoch, chunk.begin + i / parts,
+                                    Part<kLines>(i % parts, row_bytes));
         number_chunk(a, index, sums);
         const int peers = r.layout.shape.rank_count - 1;
         for (int i = warp; i < (chunk.end - chunk.begin) * peers; i += warps)
@@ -386,32 +394,32 @@ EP_DEVICE void send_chunk(const DispatchArgs &a, uint64_t epoch, int index, int3
     }
 }
 
-template <Carriage kCarriage, bool kCast, Element kType>
+template <int kLines, bool kCast, Element kType>
 EP_DEVICE void place_chunk(const DispatchArgs &a, uint64_t epoch, int index, int32_t *rows) {
     const Round &r = a.round;
     const Chunk chunk = Chunk::of(index, r.sender_block_count, r.token_count);
-    const int parts = part_count<kCarriage>(r, kCast ? Element::kFp8 : kType);
+    const int parts = part_count<kLines>(r, kCast ? Element::kFp8 : kType);
     for (int i = Warp::index_in_block(); i < (chunk.end - chunk.begin) * parts;
          i += Warp::count_in_block()) {
         const Incoming in{epoch, r.rank, chunk.begin + i / parts, i % parts == 0, rows};
-        place_own<kCarriage == Carriage::kLine ? 4 : kRowLoads, kCast, kType>(
-            a, in, slice_of(r, kCast ? Element::kFp8 : kType, i % parts, parts));
+        place_own<(kLines > 0) ? 4 : kRowLoads, kCast, kType>(
+            a, in, slice_of<kLines>(r, kCast ? Element::kFp8 : kType, i % parts));
     }
 }
 
 // The messages of one source, a warp each, or by line a warp for each part.
-template <Carriage kCarriage, Element kOut>
+template <int kLines, Element kOut>
 EP_DEVICE void receive_from(const DispatchArgs &a, const Wait &wait, uint64_t epoch, int source,
                             const Role &role, int32_t *rows) {
     const Round &r = a.round;
     const int warps = Warp::count_in_block();
     const int first = role.receiver * warps + Warp::index_in_block();
     const int stride = role.receiver_count * warps;
-    if constexpr (kCarriage == Carriage::kLine) {
-        const int parts = part_count<kCarriage>(r, kOut);
+    if constexpr (kLines > 0) {
+        const int parts = part_count<kLines>(r, kOut);
         for (int i = first; i < r.layout.shape.token_count_max * parts; i += stride) {
             const Incoming in{epoch, source, i / parts, i % parts == 0, rows};
-            const Part part(i % parts, size_t(r.hidden) * element_bytes(kOut));
+            const Part<kLines> part(i % parts, size_t(r.hidden) * element_bytes(kOut));
             if (!receive_part<kOut>(a, wait, in, part)) return;
         }
     } else {
@@ -421,13 +429,12 @@ EP_DEVICE void receive_from(const DispatchArgs &a, const Wait &wait, uint64_t ep
     }
 }
 
-template <Carriage kCarriage, bool kCast, Element kType>
+template <int kLines, bool kCast, Element kType>
 EP_KERNEL dispatch_kernel(const DispatchArgs a) {
     EP_SHARED(DispatchShared, shared);
     const Round &r = a.round;
     const Role role = Role::of(r);
-    const uint64_t epoch =
-        epoch_of(r, r.state->dispatch_tickets, r.routing.state->dispatch_epoch);
+    const uint64_t epoch = epoch_of(r, r.state->dispatch_tickets, r.routing.state->dispatch_epoch);
     RowTargets *targets = &shared.targets[Warp::index_in_block()];
     if (role.counts && r.sends()) {
         publish_counts(a, epoch, sums_of(a, r.sender_block_count, shared.sums));
@@ -436,16 +443,16 @@ EP_KERNEL dispatch_kernel(const DispatchArgs a) {
     if (role.counts && r.receives())
         decide_layout(a, epoch, sums_of(a, r.sender_block_count, shared.sums));
     if (role.sender >= 0 && r.sends())
-        send_chunk<kCarriage, kCast, kType>(a, epoch, role.sender,
-                                            sums_of(a, role.sender, shared.sums), targets);
+        send_chunk<kLines, kCast, kType>(a, epoch, role.sender,
+                                         sums_of(a, role.sender, shared.sums), targets);
     // By flag, a launch that also sends has placed them.
-    if (role.sender >= 0 && r.receives() && (kCarriage == Carriage::kLine || !r.sends()))
-        place_chunk<kCarriage, kCast, kType>(a, epoch, role.sender, targets->rows);
+    if (role.sender >= 0 && r.receives() && (kLines > 0 || !r.sends()))
+        place_chunk<kLines, kCast, kType>(a, epoch, role.sender, targets->rows);
     if (role.receiver >= 0 && r.receives()) {
         const Wait wait(r);
         const int ranks = r.layout.shape.rank_count;
         for (int step = 1; step < ranks; ++step)
-            receive_from<kCarriage, kCast ? Element::kFp8 : kType>(
+            receive_from<kLines, kCast ? Element::kFp8 : kType>(
                 a, wait, epoch, (r.rank + step) % ranks, role, targets->rows);
     }
     if (r.sends()) hand_in(&r.state->dispatch_tickets);
@@ -453,24 +460,29 @@ EP_KERNEL dispatch_kernel(const DispatchArgs a) {
 
 // ---- Launching ----------------------------------------------------------------------------------
 
-template <Carriage kCarriage, bool kCast, Element kType>
+template <int kLines, bool kCast, Element kType>
 int launch_dispatch(DispatchArgs args, Phases phases, const Queue &queue) {
     Round &r = args.round;
     const Shape &shape = r.layout.shape;
-    const int parts = part_count<kCarriage>(r, kCast ? Element::kFp8 : kType);
+    const int parts = part_count<kLines>(r, kCast ? Element::kFp8 : kType);
     set_roles(&r, queue, r.token_count, (shape.rank_count - 1) * shape.token_count_max * parts);
     if (has_phase(phases, Phases::kSend) && (counts_ahead(r) || queue.load_only))
         launch_all(dispatch_tally, args, queue, r.sender_block_count);
-    launch_phases(dispatch_kernel<kCarriage, kCast, kType>, args, phases, queue);
+    launch_phases(dispatch_kernel<kLines, kCast, kType>, args, phases, queue);
     return launch_error();
 }
 
 template <bool kCast, Element kType>
 int launch_dispatch(const DispatchArgs &args, Phases phases, const Queue &queue) {
     if constexpr (kLineTokenCountMax > 0)
-        if (args.round.layout.shape.carriage == Carriage::kLine)
-            return launch_dispatch<Carriage::kLine, kCast, kType>(args, phases, queue);
-    return launch_dispatch<Carriage::kFlag, kCast, kType>(args, phases, queue);
+        if (args.round.layout.shape.carriage == Carriage::kLine) {
+            const Element out = kCast ? Element::kFp8 : kType;
+            const int parts = args.round.token_count * part_count<kPartLinesMin>(args.round, out);
+            if (parts <= warp_count_max(queue))
+                return launch_dispatch<kPartLinesMin, kCast, kType>(args, phases, queue);
+            return launch_dispatch<kPartLinesMax, kCast, kType>(args, phases, queue);
+        }
+    return launch_dispatch<0, kCast, kType>(args, phases, queue);
 }
 
 // Launchers for each type of x that is copied, and for each that is cast.

@@ -33,8 +33,8 @@ struct Routing {
     int32_t
         *positions;  // [token][topk]  rank of the choice among this rank's tokens for that expert
     uint64_t *token_counts;  // [source]  Signal: tokens of each rank; 0 for a masked one
-    uint64_t *begins;        // [local expert][source + 1]  Signal: first row of each source; the end
-    int32_t *row_counts;    // [slot]  distinct local experts of a token
+    uint64_t *begins;     // [local expert][source + 1]  Signal: first row of each source; the end
+    int32_t *row_counts;  // [slot]  distinct local experts of a token
     int32_t *rows;   // [slot][topk_max]  their rows, counted over all experts' regions; -1: none
     float *weights;  // [slot][topk_max]  their weights
 };
@@ -52,7 +52,7 @@ constexpr int kWindowsAtHand = 8;
 struct Round {
     Layout layout;
     int rank;
-    char *const *windows;  // [rank] each rank's window, as mapped here
+    char *const *windows;                 // [rank] each rank's window, as mapped here
     char *first_windows[kWindowsAtHand];  // of them: no load to wait for
     BufferState *state;
     Routing routing;

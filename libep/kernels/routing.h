@@ -18,7 +18,6 @@ struct ExpertRange {
     EP_DEVICE bool has(int32_t choice) const { return choice >= first && choice < end; }
 };
 
-
 // The weight of choice k and of its repeats.
 EP_DEVICE float merged_weight(const int32_t *choices, const float *weights, int k, int topk) {
     float sum = weights == nullptr ? 1.0f : weights[k];
@@ -28,8 +27,9 @@ EP_DEVICE float merged_weight(const int32_t *choices, const float *weights, int 
     return sum;
 }
 
-// Calls visit(choice, k, index, weight) for each of a token's choices that is an expert of the range,
-// where index counts them in the order of k; returns how many there are. One warp, each lane some.
+// Calls visit(choice, k, index, weight) for each of a token's choices that is an expert of the
+// range, where index counts them in the order of k; returns how many there are. One warp, each lane
+// some.
 template <class Visit>
 EP_DEVICE int each_entry(const int32_t *choices, const float *weights, int topk, ExpertRange range,
                          Visit visit) {
@@ -39,7 +39,8 @@ EP_DEVICE int each_entry(const int32_t *choices, const float *weights, int topk,
         const int32_t choice = k < topk ? choices[k] : Routing::kNoChoice;
         float weight = k < topk && weights != nullptr ? weights[k] : 1.0f;
         const Equals had = Warp::count(range.has(choice));
-        const bool repeats = topk > Warp::size() || Warp::count(choice < Routing::kNoChoice).total > 0;
+        const bool repeats =
+            topk > Warp::size() || Warp::count(choice < Routing::kNoChoice).total > 0;
         if (range.has(choice)) {
             if (repeats) weight = merged_weight(choices, weights, k, topk);
             visit(choice, k, count + had.lower, weight);
@@ -161,10 +162,17 @@ struct Wait {
     }
 };
 
+// How many warps the senders of a launch may have together.
+inline int warp_count_max(const Queue &queue) {
+    return sender_block_count_max(queue) * kWarpsOfBlockMax;
+}
+
 // Shares out the blocks of a launch, for so many things to send and to receive.
 inline void set_roles(Round *round, const Queue &queue, int send_count, int receive_count) {
     const int senders = sender_block_count_max(queue), receivers = receiver_block_count_max(queue);
-    const auto between = [](int count, int most) { return count < 1 ? 1 : count < most ? count : most; };
+    const auto between = [](int count, int most) {
+        return count < 1 ? 1 : count < most ? count : most;
+    };
     round->sender_block_count = kRolesApart ? between(send_count, senders) : senders;
     round->receiver_block_count = kRolesApart ? between(receive_count, receivers) : receivers;
 }
@@ -173,8 +181,8 @@ inline void set_roles(Round *round, const Queue &queue, int send_count, int rece
 template <class Args>
 void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &queue) {
     Round &r = args.round;
-    const int blocks = kRolesApart ? 1 + r.sender_block_count + r.receiver_block_count
-                                   : r.sender_block_count;
+    const int blocks =
+        kRolesApart ? 1 + r.sender_block_count + r.receiver_block_count : r.sender_block_count;
     for (const Phases one : {Phases::kSend, Phases::kReceive}) {
         if (kRolesApart && phases == Phases::kBoth) break;
         if (!has_phase(phases, one)) continue;

@@ -20,19 +20,28 @@ inline int load_kernels() {
     CombineArgs combine{};
     const float weight = 0;
     combine.topk_weights = &weight;  // with it, the kernel that moves weights is one of them
-    for (const Carriage carriage : {Carriage::kFlag, Carriage::kLine})
-        for (const Element type : {Element::kBf16, Element::kFp16, Element::kFp32, Element::kFp8}) {
-            dispatch.round.layout.shape.carriage = combine.round.layout.shape.carriage = carriage;
-            dispatch.x_type = combine.x_type = type;
-            for (const Quant quant : {Quant::kNone, Quant::kFp8}) {
-                dispatch.quant = quant;
-                launch_dispatch(dispatch, Phases::kBoth, queue);
-            }
-            for (const bool wide : {false, true}) {
-                combine.fp32_partials = wide;
-                launch_combine(combine, Phases::kBoth, queue);
-            }
+    const auto load = [&](Carriage carriage, int token_count, Element type) {
+        for (Round *round : {&dispatch.round, &combine.round}) {
+            round->layout.shape.carriage = carriage;
+            round->token_count = token_count;
+            round->hidden = kScaleGroup;
         }
+        dispatch.x_type = combine.x_type = type;
+        for (const Quant quant : {Quant::kNone, Quant::kFp8}) {
+            dispatch.quant = quant;
+            launch_dispatch(dispatch, Phases::kBoth, queue);
+        }
+        for (const bool wide : {false, true}) {
+            combine.fp32_partials = wide;
+            launch_combine(combine, Phases::kBoth, queue);
+        }
+    };
+    constexpr int kTokensMany = 1 << 16;  // by line, the kernels for few and many are not the same
+    for (const Element type : {Element::kBf16, Element::kFp16, Element::kFp32, Element::kFp8}) {
+        load(Carriage::kFlag, 1, type);
+        load(Carriage::kLine, 1, type);
+        load(Carriage::kLine, kTokensMany, type);
+    }
     return launch_error();
 }
 

@@ -1,7 +1,8 @@
 // Where everything is in a rank's window. The host, the kernels and the tests all ask this one
 // struct, and it computes each offset exactly once.
 //
-// A window holds `slot_count` slots, a power of two; a round of epoch n uses slot n mod slot_count. Dispatch and combine have epochs, and so slots, of their own. In each slot:
+// A window holds `slot_count` slots, a power of two; a round of epoch n uses slot n mod slot_count.
+// Dispatch and combine have epochs, and so slots, of their own. In each slot:
 //
 //   counts    [source][local expert, then one for the token count]  Signal
 //   messages  [box][token]  message.h
@@ -14,8 +15,8 @@
 // A message is carried in one of two ways, the same for all of a window:
 //   by flag  the head's Signal is published after all the rest
 //   by line  each line of 128 bytes carries 112 bytes of the message, and after them its own Signal
-//            and 8 bytes more, so that whoever sees the Signal has the line; the head takes lines of
-//            its own. For links that deliver a line whole.
+//            and 8 bytes more, so that whoever sees the Signal has the line; the head takes lines
+//            of its own. For links that deliver a line whole.
 #pragma once
 
 #include "wire/message.h"
@@ -33,7 +34,7 @@ struct Shape {
     int expert_count;
     int token_count_max;
     int topk_max;
-    int slot_count;  // rounded up by Layout::of
+    int slot_count;            // rounded up by Layout::of
     size_t row_bytes_max;      // payload of a dispatch message, scales included
     size_t partial_bytes_max;  // payload of a combine row
     Carriage carriage = Carriage::kFlag;

@@ -35,8 +35,8 @@ float decode(uint32_t code) {
     typename From::Storage codes[kPackMin];
     for (int i = 0; i < kPackMin; ++i)
         codes[i] = typename From::Storage(code);
-    const Pack<kPackMin> values = widen<From, kPackMin>(
-        fetch<From, kPackMin>(reinterpret_cast<const char *>(codes)));
+    const Pack<kPackMin> values =
+        widen<From, kPackMin>(fetch<From, kPackMin>(reinterpret_cast<const char *>(codes)));
     for (int i = 0; i < kPackMin; ++i)
         EXPECT_EQ(bit_cast<uint32_t>(float(values[i])), bit_cast<uint32_t>(value)) << code;
     return value;

@@ -66,6 +66,9 @@ TEST(EmuKernels, CarryRowsByLine) {
     rig.weights = Weights::kAtCombine;
     rig.hidden = 264;  // two parts
     expect_rounds_are_right(rig, 1010, 1);
+    rig.tokens_max = 4;  // more parts than warps: they grow
+    rig.hidden = 512;
+    expect_rounds_are_right(rig, 1020, 2);
 }
 
 TEST(EmuKernels, CarryFp8ByLine) {

@@ -70,7 +70,8 @@ inline void expect_rounds_are_right(const Rig &rig, uint64_t seed, int round_cou
     for (int rank = 0; rank < rig.ranks; ++rank) {
         EXPECT_EQ(fleet.state(rank).invalid_expert_ids, invalid[rank]);
         EXPECT_EQ(fleet.state(rank).invalid_messages, 0U);
-        EXPECT_EQ(fleet.state(rank).dispatch_tickets / BufferState::kTicketsOfRound, uint64_t(round_count));
+        EXPECT_EQ(fleet.state(rank).dispatch_tickets / BufferState::kTicketsOfRound,
+                  uint64_t(round_count));
         EXPECT_EQ(fleet.active(rank), std::vector<int32_t>(rig.ranks, 1));
     }
 }

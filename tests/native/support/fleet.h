@@ -67,8 +67,8 @@ inline std::ostream &operator<<(std::ostream &out, const Rig &s) {
                << " H" << s.hidden << " type" << int(s.type) << " quant" << int(s.quant)
                << " weights" << int(s.weights) << " combine" << int(s.combine_type)
                << (s.wide_partials() ? " wide" : "")
-               << (s.carriage == Carriage::kLine ? " lines" : "") << " idx" << s.idx_bytes * 8 << " F"
-               << s.rounds_in_flight << " threads" << s.threads;
+               << (s.carriage == Carriage::kLine ? " lines" : "") << " idx" << s.idx_bytes * 8
+               << " F" << s.rounds_in_flight << " threads" << s.threads;
 }
 
 constexpr unsigned char kPoison = 0xff;  // a NaN in every element type, -1 in every integer
@@ -120,9 +120,8 @@ class Fleet {
             member.window.reset(static_cast<char *>(window));
             member.active.assign(rig.ranks, 1);
             if (create_workers(rig.threads, &member.workers) != MEP_OK) std::abort();
-            member.tally.resize(
-                size_t(rig.experts) *
-                tally_row_count(kernels_.sender_block_count_max(queue(rank))));
+            member.tally.resize(size_t(rig.experts) *
+                                tally_row_count(kernels_.sender_block_count_max(queue(rank))));
             windows_.push_back(member.window.get());
         }
     }
