@@ -30,7 +30,11 @@ constexpr bool kRolesApart = true;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr int kLineTokenCountMax = 512;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+constexpr bool kCastsFp8 = false;
+#else
 constexpr bool kCastsFp8 = true;
+#endif
 
 struct Equals {
     int total;  // lanes with this key
@@ -213,6 +217,11 @@ template <class Args>
 void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, int blocks,
                    int threads) {
     if (queue.load_only) {
+        // The same split of the multiprocessors' memory for all: where it differs, a kernel waits
+        // for a multiprocessor to be empty, and so, perhaps, for a kernel that waits for it.
+        constexpr int kSharedPercent = 25;
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             kSharedPercent);
         cudaFuncAttributes attributes;
         cudaFuncGetAttributes(&attributes, kernel);
         return;

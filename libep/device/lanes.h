@@ -97,7 +97,7 @@ EP_DEVICE void fan_out(int count, To to, const char *from, size_t begin, size_t 
     const int vectors = static_cast<int>(end / sizeof(Vector));
     for (int first = static_cast<int>(begin / sizeof(Vector)) + Group::rank(); first < vectors;
          first += kLoadsInFlight * Group::size()) {
-        Vector loaded[kLoadsInFlight];
+        Vector loaded[kLoadsInFlight] = {};
         EP_UNROLL
         for (int i = 0; i < kLoadsInFlight; ++i) {
             const int v = first + i * Group::size();
