@@ -114,6 +114,17 @@ TEST(EmuKernels, ServeMoreRanksThanOnePassHasTargets) {
     expect_rounds_are_right(rig, 600, 1);
 }
 
+TEST(EmuKernels, ServeEightRanks) {
+    if (kWide) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = small_bf16(Weights::kAtDispatch);
+    rig.ranks = 8;
+    rig.experts = 16;
+    rig.topk = 2;
+    rig.tokens_max = 9;
+    rig.hidden = 16;
+    expect_rounds_are_right(rig, 650, 2);
+}
+
 TEST(EmuKernels, ReceiveTwoRoundsInEitherOrder) {
     if (kWide) GTEST_SKIP() << kWhyNotWide;
     expect_either_order_is_right(small_bf16(Weights::kAtDispatch), 700);

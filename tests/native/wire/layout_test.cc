@@ -127,9 +127,34 @@ TEST(Layout, SlotsOfRoundsInFlightAreDistinct) {
     EXPECT_EQ(layout.message(kBase, 1, 0, 1, 0), layout.message(kBase, 5, 0, 1, 0));
 }
 
+TEST(Layout, MessagesByLineDoNotOverlap) {
+    const Layout l = Layout::of({3, 12, 5, 8, 3, 7168, 14336, Carriage::kLine});
+    EXPECT_EQ(l.shape.slot_count, 4);
+    EXPECT_EQ(l.head_bytes, 2 * Layout::kLineBytes);  // seven entries a line
+    std::vector<Range> ranges;
+    const auto add = [&](const void *at, size_t bytes) {
+        const size_t begin = static_cast<const char *>(at) - kBase;
+        ranges.push_back({begin, begin + bytes});
+    };
+    for (uint64_t epoch = 1; epoch <= 4; ++epoch)
+        for (int source = 0; source < 3; ++source) {
+            add(l.count(kBase, epoch, source, 0), sizeof(uint64_t) * (l.local_expert_count + 1));
+            add(l.arrival(kBase, epoch, source), sizeof(uint64_t));
+            for (int token = 0; source != 1 && token < 5; ++token) {
+                add(l.message(kBase, epoch, 1, source, token),
+                    l.head_bytes + Layout::signal_lines(7168) * Layout::kLineBytes);
+                add(l.weight(kBase, epoch, 1, source, token), l.weight_bytes);
+                add(l.partial(kBase, epoch, 1, source, token),
+                    Layout::signal_lines(14336) * Layout::kLineBytes);
+            }
+        }
+    expect_disjoint(ranges, l.bytes);
+}
+
 TEST(Layout, DecodeWindowFitsIn32Megabytes) {
     const size_t row = 7168 * 2;
-    EXPECT_LE(Layout::of({2, 256, 128, 8, 4, row, row}).bytes, 32'000'000U);
+    for (const Carriage carriage : {Carriage::kFlag, Carriage::kLine})
+        EXPECT_LE(Layout::of({2, 256, 128, 8, 4, row, row, carriage}).bytes, 32'000'000U);
 }
 
 TEST(Signal, GivesBackItsValueInItsEpochOnly) {
