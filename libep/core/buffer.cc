@@ -130,15 +130,10 @@ struct Proposal {
     int64_t lines;  // would it send by line?
 };
 
-// By line, small messages are fast; large ones pay for the Signals in them.
 mep_status_t may_go_by_line(const Group &group, const Shape &shape, bool *lines) {
-    constexpr int kChoicesMax = 4096;                    // each block counts them by itself
-    constexpr int kTopkMax = 4 * Layout::kPiecesOfLine;  // the lines that a warp moves at once
     long wanted = 0;
     EP_TRY(env_integer("MOONCAKE_EP_LINES", 0, 1, 1, &wanted));
-    *lines = wanted != 0 && group.delivers_lines() && shape.topk_max <= kTopkMax &&
-             shape.token_count_max <= group.device()->kernels().line_token_count_max &&
-             shape.token_count_max * shape.topk_max <= kChoicesMax;
+    *lines = wanted != 0 && group.delivers_lines() && group.device()->kernels().suits_lines(shape);
     return MEP_OK;
 }
 

@@ -88,7 +88,6 @@ struct Block {
     EP_DEVICE static int rank() { return threadIdx.x; }
     EP_DEVICE static int size() { return blockDim.x; }
     EP_DEVICE static void sync() { __syncthreads(); }
-    EP_DEVICE static bool all(bool value) { return __syncthreads_and(value) != 0; }
     EP_DEVICE static int index_in_block() { return 0; }
     EP_DEVICE static int count_in_block() { return 1; }
 };

@@ -52,10 +52,10 @@ struct Place {
 };
 inline thread_local Place place;
 
-// Little enough that tests count in both ways.
 constexpr bool kRolesApart = true;
-constexpr int kSharedExpertCountMax = 8;
 constexpr bool kCastsFp8 = false;
+// Little enough that tests count in all ways.
+constexpr int kSharedExpertCountMax = 8;
 constexpr int kChoicesCountedByAllMax = 6;
 constexpr int kLineTokenCountMax = kWarpSize < 8 ? 0 : 16;  // a line takes 8 lanes
 
@@ -169,6 +169,7 @@ int grid_count() {
 }
 
 #include "device/host_atomics.h"
+
 // Of rows that this device does not use itself.
 inline Vector pass_load(const Vector *from) {
     return *from;

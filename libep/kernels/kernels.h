@@ -127,7 +127,7 @@ struct Kernels {
     int (*sender_block_count_max)(const Queue &queue);
     int (*dispatch)(DispatchArgs args, Phases phases, const Queue &queue);
     int (*combine)(CombineArgs args, Phases phases, const Queue &queue);
-    int line_token_count_max;  // of a buffer whose messages may go by line
+    bool (*suits_lines)(const Shape &shape);  // may its messages go by line?
 };
 
 }  // namespace ep

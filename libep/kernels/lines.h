@@ -25,9 +25,13 @@ struct LineLane {
     EP_DEVICE static bool has_signal() { return piece() == Layout::kPiecesOfLine; }
 };
 
-// The lane that has piece `piece` of the lines that a warp moves at once.
-EP_DEVICE int lane_of_piece(int piece) {
-    return piece / Layout::kPiecesOfLine * kLanesOfLine + piece % Layout::kPiecesOfLine;
+// Do messages of such a buffer go by line, where the link delivers lines? Small ones are fast so;
+// large ones would pay for the Signals in them. Each block counts by itself, and a warp moves a
+// head at once.
+inline bool suits_lines(const Shape &shape) {
+    return shape.token_count_max <= kLineTokenCountMax &&
+           shape.token_count_max * shape.topk_max <= kChoicesCountedByAllMax &&
+           shape.topk_max <= kLinesAtOnce * Layout::kPiecesOfLine;
 }
 
 // One part of a row, in the lanes of a warp.

@@ -183,15 +183,13 @@ void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &
     Round &r = args.round;
     const int blocks =
         kRolesApart ? 1 + r.sender_block_count + r.receiver_block_count : r.sender_block_count;
-    for (const Phases one : {Phases::kSend, Phases::kReceive}) {
-        if (kRolesApart && phases == Phases::kBoth) break;
-        if (!has_phase(phases, one)) continue;
+    // Blocks that do not run beside each other would wait in vain for those after them.
+    for (const Phases one : {Phases::kSend, Phases::kReceive, Phases::kBoth}) {
+        const bool now =
+            kRolesApart ? one == phases : one != Phases::kBoth && has_phase(phases, one);
         r.phases = one;
-        launch(kernel, args, queue, blocks);
+        if (now) launch(kernel, args, queue, blocks);
     }
-    if (!kRolesApart || phases != Phases::kBoth) return;
-    r.phases = phases;
-    launch(kernel, args, queue, blocks);
 }
 
 }  // namespace ep::EP_DEVICE_NAMESPACE

@@ -9,7 +9,7 @@
 namespace ep::EP_DEVICE_NAMESPACE {
 
 inline Kernels kernels() {
-    return {sender_block_count_max, launch_dispatch, launch_combine, kLineTokenCountMax};
+    return {sender_block_count_max, launch_dispatch, launch_combine, suits_lines};
 }
 
 // Loads every kernel onto the current device; see Queue::load_only.
