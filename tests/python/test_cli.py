@@ -278,6 +278,56 @@ def test_bench_json_without_a_file_is_all_that_is_printed() -> None:
     assert "ratio_to_plain_copy" not in report["dispatch"]
 
 
+@needs_numpy
+def test_bench_sweeps_over_tokens_and_prints_a_line_for_each(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    lines = succeed(*_SMALL_BENCH, "--sweep", "8,2,32", "--json", str(path)).splitlines()
+    assert lines[0] == "config: ranks=2 tokens=2,8,32 hidden=128 experts=6 topk=2 backend=cpu"
+    report = json.loads(path.read_text())
+    assert report["config"]["tokens"] == 32
+    assert [sized["tokens"] for sized in report["sweep"]] == [2, 8, 32]
+    for sized, line in zip(report["sweep"], lines[-3:], strict=True):
+        tokens, operations = sized["tokens"], sized["operations"]
+        assert operations["combine"]["bytes"] == tokens * 2 * 2 * 128
+        assert "ratio_to_plain_copy" not in operations["combine"]
+        shown = [float(number) for number in line.split()]
+        medians = [operations[name]["median_us"] for name in operations]
+        assert shown[0] == tokens
+        assert shown[1::4] == pytest.approx(medians, abs=0.01)
+
+
+def run_plot(path: Path, *arguments: str) -> tuple[list[str], list[int]]:
+    """Run bench --plot; returns its lines and the numbers of tokens that it ran."""
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
+    json_path = path.with_suffix(".json")
+    text = succeed(*_SMALL_BENCH, "--plot", str(path), "--json", str(json_path), *arguments)
+    report = json.loads(json_path.read_text())
+    return text.splitlines(), [sized["tokens"] for sized in report["sweep"]]
+
+
+@needs_numpy
+def test_bench_draws_powers_of_two_up_to_the_tokens(tmp_path: Path) -> None:
+    picture = tmp_path / "bench.svg"
+    lines, tokens = run_plot(picture, "--tokens", "12")
+    assert lines[-1] == f"plot: {picture}"
+    assert tokens == [1, 2, 4, 8, 12]
+    # matplotlib draws text as paths, and leaves the text itself in comments.
+    text = picture.read_text()
+    for label in ("2 ranks, 6 experts, top-2, hidden 128, bf16, cpu", "tokens of a rank"):
+        assert f"<!-- {label} -->" in text
+    assert "combine, link" in text
+    assert "peer copy" not in text
+
+
+@needs_numpy
+def test_bench_draws_one_rank_that_has_no_link(tmp_path: Path) -> None:
+    picture = tmp_path / "bench.svg"
+    _, tokens = run_plot(picture, "--world-size", "1", "--sweep", "4,16")
+    assert tokens == [4, 16]
+    assert "combine, logical" in picture.read_text()
+    assert "combine, link" not in picture.read_text()
+
+
 # ---- What users get wrong ------------------------------------------------------------------------
 
 
@@ -297,6 +347,10 @@ def test_bench_json_without_a_file_is_all_that_is_printed() -> None:
         (("demo", "--text", "/nonexistent"), "--text /nonexistent: No such file"),
         (("demo", "--plot", "picture.bmp"), ".png, .pdf, .svg"),
         (("bench", "--json", "/nonexistent/file"), "/nonexistent"),
+        (("bench", "--plot", "picture.bmp"), ".png, .pdf, .svg"),
+        (("bench", "--sweep", "8,70000"), "70000"),
+        (("bench", "--flush-l2"), "--flush-l2 goes only with --device cuda"),
+        (("bench", "--sms", "8"), "--sms 8 goes only with --device cuda"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line(arguments: tuple[str, ...], words: str) -> None:
@@ -311,7 +365,10 @@ def test_a_device_that_is_not_here_is_refused_in_one_line(command: str) -> None:
     assert "--device cuda" in refuse(command, *_SMALL, "--world-size", "2", "--device", "cuda")
 
 
-@pytest.mark.parametrize("arguments", [(), ("nothing",), ("smoke", "--tokens", "0")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("nothing",), ("smoke", "--tokens", "0"), ("bench", "--sweep", "1,,2")],
+)
 def test_wrong_usage_is_refused_with_the_usage(arguments: tuple[str, ...]) -> None:
     done = cli(*arguments)
     assert done.returncode == 2

@@ -1,8 +1,12 @@
-"""One rank of mooncake-ep bench on a GPU: rounds in a CUDA graph and as single calls, by events."""
+"""One rank of mooncake-ep bench on a GPU: rounds in a CUDA graph and as single calls, by events.
+
+With --flush-l2 a graph is one round, and each round finds its inputs in memory, not in the L2.
+"""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .arrays import random_choices, random_tokens
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 
 # Enough that launching a graph takes less time than running it.
 _ROUNDS_IN_GRAPH = 10
+# Once the size of the L2 would do if it always gave up its oldest lines first.
+_FLUSH_SIZE_IN_L2 = 2
 _COPY_BYTES = 1 << 28
 _COPY_COUNT = 10
 # Of a round trip through experts that change nothing, relative to the value.
@@ -27,16 +33,29 @@ _TOLERANCE = 0.05
 
 
 def run(context: RankContext) -> dict[str, Any]:
-    """Time all rounds; returns the seconds of each, and facts for the report."""
-    options, group = context.options, context.group
-    sizes = Sizes(**options["sizes"])
+    """Time each number of tokens; returns what _run() does for each, and facts for the report."""
+    sizes, sweep = Sizes(**context.options["sizes"]), context.options["sweep"]
+    gpu = Gpu(context.group.device_id)
+    report = {
+        "peer_copy_gb_s": _peer_copy(gpu.torch, context.group),
+        "gpu": gpu.torch.cuda.get_device_name(),
+    }
+    runs = []
+    for number, tokens in enumerate(sweep):
+        runs.append(_run(context.part(number, len(sweep)), replace(sizes, tokens=tokens), gpu))
+        # What was cached for fewer tokens is of no use to more.
+        gpu.torch.cuda.empty_cache()
+    return {"runs": runs, "report": report}
+
+
+def _run(context: RankContext, sizes: Sizes, gpu: Gpu) -> dict[str, Any]:
+    """Time all rounds; returns the seconds of each, and how they were run."""
+    group, clock = context.group, _Clock(context, gpu.torch)
     choices = [
         random_choices(sizes, sizes.tokens, rank=rank, round_number=0)
         for rank in range(sizes.rank_count)
     ]
-    gpu = Gpu(group.device_id)
-    peer_copy = _peer_copy(gpu.torch, group)
-    with make_buffer(group, sizes, threads=1) as buffer:
+    with make_buffer(group, sizes, threads=1, max_sms=context.options["max_sms"]) as buffer:
         ours = _Ours(gpu, buffer, sizes, rank=group.rank)
         operations = {
             "dispatch": ours.dispatch,
@@ -45,10 +64,10 @@ def run(context: RankContext) -> dict[str, Any]:
         }
         times: dict[str, dict[str, list[float]]] = {"mooncake_ep": {}, "eager": {}}
         for number, (name, operation) in enumerate(operations.items()):
-            graph = _capture(gpu.torch, operation)
-            replays = _time(context, gpu.torch, graph.replay)
-            times["mooncake_ep"][name] = [seconds / _ROUNDS_IN_GRAPH for seconds in replays]
-            times["eager"][name] = _time(context, gpu.torch, operation)
+            graph = _capture(gpu.torch, operation, round_count=clock.rounds_in_graph)
+            replays = clock.seconds(graph.replay)
+            times["mooncake_ep"][name] = [seconds / clock.rounds_in_graph for seconds in replays]
+            times["eager"][name] = clock.seconds(operation)
             ours.out.zero_()
             graph.replay()
             if name != "dispatch":
@@ -60,10 +79,11 @@ def run(context: RankContext) -> dict[str, Any]:
         mode = {
             "transport": group.transport((group.rank + 1) % group.rank_count).name,
             "window_bytes": buffer.window_bytes,
+            "sms": buffer.sms,
+            "l2": clock.l2,
         }
     link_rows = Routing(sizes, choices, rank=group.rank).link_rows()
-    report = {"peer_copy_gb_s": peer_copy, "gpu": gpu.torch.cuda.get_device_name()}
-    return {"times": times, "mode": mode, "report": report, "link_rows": link_rows}
+    return {"times": times, "mode": mode, "link_rows": link_rows}
 
 
 class _Ours:
@@ -113,28 +133,63 @@ class _Ours:
             raise CheckFailedError("combine gave other sums than it has to")
 
 
-def _capture(torch: Any, operation: Callable[[], None]) -> Any:
+class _Clock:
+    """Times operations by events: many in a row, or each alone after the L2 was overwritten."""
+
+    def __init__(self, context: RankContext, torch: Any) -> None:
+        self._torch = torch
+        self._barrier = context.group.barrier
+        self._warmup, self._rounds = context.options["warmup"], context.options["rounds"]
+        self._cold: Any = None
+        self.l2, self.rounds_in_graph = "warm", _ROUNDS_IN_GRAPH
+        if context.options["flush_l2"]:
+            byte_count = _FLUSH_SIZE_IN_L2 * torch.cuda.get_device_properties().L2_cache_size
+            self._cold = torch.empty(byte_count, dtype=torch.uint8, device="cuda")
+            # A second round in a graph would find what the first one left in the L2.
+            self.l2, self.rounds_in_graph = "flushed", 1
+
+    def seconds(self, operation: Callable[[], None]) -> list[float]:
+        """Return the seconds of each of `rounds` operations. Collective."""
+        self._torch.cuda.synchronize()
+        self._barrier()
+        for _ in range(self._warmup):
+            operation()
+        times = self._in_a_row(operation) if self._cold is None else self._alone(operation)
+        self._torch.cuda.synchronize()
+        return [1e-3 * begin.elapsed_time(end) for begin, end in times]
+
+    def _in_a_row(self, operation: Callable[[], None]) -> list[tuple[Any, Any]]:
+        """Begin each operation at the end of the one before."""
+        events = self._events(self._rounds + 1)
+        events[0].record()
+        for event in events[1:]:
+            operation()
+            event.record()
+        return list(itertools.pairwise(events))
+
+    def _alone(self, operation: Callable[[], None]) -> list[tuple[Any, Any]]:
+        """Begin each operation at the end of a flush, which all ranks begin at about one time.
+
+        That is when the operation before ended, because it ends on no rank before all have sent.
+        """
+        times = list(zip(self._events(self._rounds), self._events(self._rounds), strict=True))
+        for begin, end in times:
+            self._cold.zero_()
+            begin.record()
+            operation()
+            end.record()
+        return times
+
+    def _events(self, event_count: int) -> list[Any]:
+        return [self._torch.cuda.Event(enable_timing=True) for _ in range(event_count)]
+
+
+def _capture(torch: Any, operation: Callable[[], None], *, round_count: int) -> Any:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(_ROUNDS_IN_GRAPH):
+        for _ in range(round_count):
             operation()
     return graph
-
-
-def _time(context: RankContext, torch: Any, operation: Callable[[], None]) -> list[float]:
-    """Return the seconds of each of `rounds` operations in a row."""
-    warmup, rounds = context.options["warmup"], context.options["rounds"]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
-    torch.cuda.synchronize()
-    context.group.barrier()
-    for _ in range(warmup):
-        operation()
-    events[0].record()
-    for event in events[1:]:
-        operation()
-        event.record()
-    torch.cuda.synchronize()
-    return [1e-3 * begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
 
 
 def _peer_copy(torch: Any, group: Group) -> float | None:

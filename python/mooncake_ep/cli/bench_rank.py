@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -41,10 +42,18 @@ class _Contestant(Protocol):
 
 
 def run(context: RankContext) -> dict[str, Any]:
+    """Time each number of tokens; returns what _run() does for each."""
+    sizes, sweep = Sizes(**context.options["sizes"]), context.options["sweep"]
+    runs = [
+        _run(context.part(number, len(sweep)), replace(sizes, tokens=tokens))
+        for number, tokens in enumerate(sweep)
+    ]
+    return {"runs": runs}
+
+
+def _run(context: RankContext, sizes: Sizes) -> dict[str, Any]:
     """Time all rounds; returns the seconds of each, and facts for the report."""
-    options = context.options
-    sizes = Sizes(**options["sizes"])
-    group = context.group
+    options, group = context.options, context.group
     choices = [
         random_choices(sizes, sizes.tokens, rank=rank, round_number=0)
         for rank in range(sizes.rank_count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -32,12 +33,17 @@ def check_path(path: Path) -> None:
         raise UserError("--plot needs matplotlib: pip install 'mooncake-ep[plot]'")
 
 
-def draw(path: Path, *, counts: list[list[int]], spans: list[list[Span]], title: str) -> None:
-    """Draw rows per local expert of each rank, and the spans of each rank, into a file."""
+def pyplot_for_files() -> Any:
+    """Import matplotlib.pyplot, set to draw without a screen."""
     # matplotlib is optional, so its types are not known everywhere.
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def draw(path: Path, *, counts: list[list[int]], spans: list[list[Span]], title: str) -> None:
+    """Draw rows per local expert of each rank, and the spans of each rank, into a file."""
+    pyplot = pyplot_for_files()
     figure, (load, time_line) = pyplot.subplots(
         2, 1, figsize=(9, 4.5 + 0.3 * len(spans)), layout="constrained"
     )

@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any
 
 from . import wire
@@ -31,6 +31,14 @@ class RankContext:
     group: Group
     options: dict[str, Any]
     show_progress: Callable[[int, int], None]
+
+    def part(self, number: int, part_count: int) -> RankContext:
+        """The same rank at one of `part_count` parts of its work, each as long as the others."""
+
+        def show(done: int, total: int) -> None:
+            self.show_progress(number * total + done, part_count * total)
+
+        return replace(self, show_progress=show)
 
 
 def run_as_this_rank(job: dict[str, Any], progress: Progress) -> list[dict[str, Any]]:

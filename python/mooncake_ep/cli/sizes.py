@@ -72,6 +72,11 @@ def count(text: str) -> int:
     return number
 
 
+def counts(text: str) -> list[int]:
+    """Parse whole numbers of at least 1 with commas in between, into ascending order."""
+    return sorted({count(part) for part in text.split(",")})
+
+
 def add_size_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None:
     """Add --world-size, --tokens and so on; `defaults` names each of them."""
     meanings = {
@@ -176,10 +181,11 @@ def window_bytes(sizes: Sizes) -> int:
         ).window_bytes
 
 
-def make_buffer(group: Group, sizes: Sizes, *, threads: int) -> Buffer:
-    """Create the buffer of this rank. Collective."""
+def make_buffer(group: Group, sizes: Sizes, *, threads: int, max_sms: int = 0) -> Buffer:
+    """Create the buffer of this rank; `max_sms` limits what a launch fills of a GPU. Collective."""
     from mooncake_ep import Buffer
 
+    limits: dict[str, Any] = {"max_sms": max_sms} if max_sms else {}
     with library_errors():
         return Buffer(
             group,
@@ -189,6 +195,7 @@ def make_buffer(group: Group, sizes: Sizes, *, threads: int) -> Buffer:
             topk=sizes.topk,
             payloads=sizes.buffer_payloads,
             threads=threads,
+            **limits,
         )
 
 
