@@ -1,4 +1,7 @@
-"""A test leaves the process as it found it: no shared memory, processes, descriptors, threads."""
+"""A test leaves the process as it found it: no shared memory, processes, descriptors, threads.
+
+``--backend`` runs the tests that are marked any_backend elsewhere than on the CPU (devices.py).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
-from ranks import Runner, run_processes, run_threads
+import devices
+import mooncake_ep as ep
+from ranks import Body, Runner, run_processes, run_threads
 
 # On a GPU, JAX would take most of the memory for itself.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -28,13 +34,67 @@ hypothesis.settings.register_profile(
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
-hypothesis.settings.load_profile("mooncake_ep")
+hypothesis.settings.register_profile(
+    "mooncake_ep_on_gpus",
+    hypothesis.settings.get_profile("mooncake_ep"),
+    max_examples=30,  # a group takes a tenth of a second to join there
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --backend."""
+    text = "where tests that are marked any_backend compute (tests/python/devices.py)"
+    parser.addoption("--backend", choices=devices.BACKENDS, default="cpu", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell this process and its children the backend."""
+    os.environ[devices.VARIABLE] = config.getoption("--backend")
+    on_gpus = devices.backend() == "cuda"
+    hypothesis.settings.load_profile("mooncake_ep_on_gpus" if on_gpus else "mooncake_ep")
+    for line in (
+        "any_backend: holds wherever its groups compute",
+        "cpu_only(reason): holds on the CPU alone, with NumPy's own arrays",
+    ):
+        config.addinivalue_line("markers", line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what does not concern the backend."""
+    for item in items:
+        reason = _why_not(item)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_not(item: pytest.Item) -> str | None:
+    """Return why a test is skipped with this backend."""
+    if devices.on_cpu() or item.get_closest_marker("gpu"):
+        return None
+    if not item.get_closest_marker("any_backend"):
+        return "it is about the CPU, or says itself where it computes"
+    cpu_only = item.get_closest_marker("cpu_only")
+    if cpu_only:
+        return f"only on the CPU: {cpu_only.args[0]}"
+    info = ep.backend_info("cuda")
+    unavailable = devices.backend() == "cuda" and not info.available
+    return f"no CUDA backend: {info.reason}" if unavailable else None
 
 
 @pytest.fixture(params=["threads", "processes"])
 def run(request: pytest.FixtureRequest) -> Runner:
     """Run a function on ranks of either kind: ``run(body, rank_count, *arguments)``."""
-    return run_threads if request.param == "threads" else run_processes
+    if request.param == "processes":
+        return run_processes
+    return _run_threads_with_gpus if devices.backend() == "cuda" else run_threads
+
+
+def _run_threads_with_gpus(
+    body: Body, rank_count: int, *arguments: Any, **options: Any
+) -> list[Any]:
+    if devices.share_gpus(rank_count):
+        pytest.skip(f"{rank_count} ranks that are threads need a GPU each")
+    return run_threads(body, rank_count, *arguments, **options)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,6 +126,9 @@ def _threads() -> set[threading.Thread]:
 @pytest.fixture(autouse=True)
 def nothing_leaks(pools: None) -> Iterator[None]:
     """Compare what the process holds before and after the test."""
+    if devices.backend() == "cuda":  # it opens descriptors when it likes, and processes stay
+        yield
+        return
     memory, children, descriptors, threads = (
         _shared_memory(),
         _children(),

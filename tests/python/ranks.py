@@ -3,6 +3,9 @@
 The function gets a Rank, joins with ``rank.join()``, and its result comes back. A traceback of a
 rank is raised again here; ranks that are still running at the deadline are killed (threads cannot
 be: they are daemons, and their group's timeout is shorter than the deadline).
+
+On GPUs, processes stay for the next run, because torch and CUDA take seconds to start; ranks that
+are threads have a GPU each, because threads that share one wait for each other's kernels.
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import mooncake_ep as ep
+from devices import backend as default_backend
+from devices import group_options, share_gpus, warm_up
 
 DEADLINE_S = 60.0
 TIMEOUT_S = 10.0  # of the groups, less than the deadline
+_START_S = 120.0  # for processes to start; torch is large, and they share the cores
 _GRACE_S = 2.0  # for the other ranks to report after the first failure
 
 
@@ -39,10 +45,13 @@ class Rank:
     unique_id: bytes | None = None
 
     def join(
-        self, timeout_s: float = TIMEOUT_S, *, backend: str = "cpu", device_id: int = 0
+        self, timeout_s: float = TIMEOUT_S, *, backend: str | None = None, device_id: int = 0
     ) -> ep.Group:
-        """Join the group of all ranks of this run."""
-        options: Any = {"backend": backend, "device_id": device_id, "timeout_s": timeout_s}
+        """Join the group of all ranks of this run; by default where --backend says."""
+        options: Any = {"backend": backend, "device_id": device_id}
+        if backend is None:
+            options = group_options(self.rank)
+        options["timeout_s"] = timeout_s
         if self.world is not None:
             return ep.Group.from_world(self.world, rank=self.rank, **options)
         assert self.unique_id is not None
@@ -95,7 +104,9 @@ def run_processes(
 
     ``body`` has to be importable. Ranks in ``dying`` have to end without a result.
     """
-    with _children(body, rank_count, arguments) as (processes, pipes):
+    with _children(rank_count) as pipes:
+        for rank, pipe in enumerate(pipes):
+            pipe.send((body, Rank(rank, rank_count), arguments))
         results: list[Any] = [None] * rank_count
         errors: list[str] = []
         running = dict(enumerate(pipes))
@@ -120,40 +131,77 @@ def run_processes(
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
         if errors or running:
             raise RankError("\n".join([*errors, f"late ranks: {sorted(running)}"]))
-        for process in processes:
-            process.join(_GRACE_S)
     return results
 
 
+def run_ranks(body: Body, rank_count: int, *arguments: Any) -> list[Any]:
+    """Run as threads, which start at once, or as processes where threads would share a GPU."""
+    run = run_processes if share_gpus(rank_count) else run_threads
+    return run(body, rank_count, *arguments)
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Child:
+    process: Any
+    pipe: Connection
+
+
+_kept: list[_Child] = []  # those on GPUs, by rank
+
+
 @contextlib.contextmanager
-def _children(
-    body: Body, rank_count: int, arguments: tuple[Any, ...]
-) -> Iterator[tuple[list[Any], list[Connection]]]:
-    context = multiprocessing.get_context("spawn")
-    processes, pipes = [], []
+def _children(rank_count: int) -> Iterator[list[Connection]]:
+    """Lend a pipe to a process for each rank; see _serve()."""
+    children = _kept if default_backend() == "cuda" else []
     try:
-        for rank in range(rank_count):
-            ours, theirs = context.Pipe()
-            pipes.append(ours)
-            process = context.Process(
-                target=_serve, args=(theirs, body, Rank(rank, rank_count), arguments), daemon=True
-            )
-            processes.append(process)
-            process.start()
-            theirs.close()
-        yield processes, pipes
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
-                process.close()
-        for pipe in pipes:
-            pipe.close()
+        started = [_start(rank) for rank in range(len(children), rank_count)]
+        children += started
+        for child in started:
+            if not child.pipe.poll(_START_S) or child.pipe.recv() != "ready":
+                raise RankError("a process did not start")
+        yield [child.pipe for child in children[:rank_count]]
+    except BaseException:
+        _end(children, 0)
+        raise
+    if children is not _kept:
+        _end(children, _GRACE_S)
 
 
-def _serve(pipe: Connection, body: Body, rank: Rank, arguments: tuple[Any, ...]) -> None:
+def _start(rank: int) -> _Child:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
+    process.start()
+    theirs.close()
+    return _Child(process, ours)
+
+
+def _end(children: list[_Child], grace_s: float) -> None:
+    """Let them go, and kill those that do not."""
+    for child in children:
+        child.pipe.close()
+    for child in children:
+        child.process.join(grace_s)
+        child.process.kill()
+        child.process.join()
+        child.process.close()
+    children.clear()
+
+
+def _serve(pipe: Connection, rank: int) -> None:
+    """Run what comes through the pipe, until its other end is closed."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    warm_up(rank)
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            _run(pipe, *pipe.recv())
+
+
+def _run(pipe: Connection, body: Body, rank: Rank, arguments: tuple[Any, ...]) -> None:
     try:
         if rank.rank == 0:
             rank.unique_id = ep.create_unique_id()

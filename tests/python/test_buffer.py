@@ -8,8 +8,14 @@ import sys
 import weakref
 from pathlib import Path
 
+import pytest
+
 import mooncake_ep as ep
+from devices import on_cpu
 from ranks import Rank, Runner
+
+pytestmark = pytest.mark.any_backend
+counts_threads = pytest.mark.cpu_only("counts threads, of which a GPU's driver has its own")
 
 SHAPE = {"max_tokens": 4, "hidden": 128, "experts": 8, "topk": 2}
 
@@ -22,7 +28,10 @@ def describe(rank: Rank) -> None:
         assert buffer.local_experts == 8 // group.size
         assert buffer.threads == 2
         sizes = ep.Buffer.query_sizes(rank_count=group.size, **SHAPE, threads=2)
-        assert sizes == ep.BufferSizes(buffer.window_bytes, buffer.handle_bytes)
+        assert sizes.handle_bytes == buffer.handle_bytes
+        # A GPU's messages may go by line, which takes more: the query does not know the devices.
+        assert sizes.window_bytes <= buffer.window_bytes
+        assert sizes.window_bytes == buffer.window_bytes or not on_cpu()
         assert buffer.counters() == ep.BufferCounters(0, 0, 0, 0)
 
 
@@ -41,6 +50,7 @@ def native_threads() -> int:
     return sum(1 for _ in Path("/proc/self/task").iterdir())
 
 
+@counts_threads
 def test_closing_a_buffer_ends_its_threads() -> None:
     with ep.Group.single() as group:
         before = native_threads()
@@ -50,6 +60,7 @@ def test_closing_a_buffer_ends_its_threads() -> None:
         assert native_threads() == before
 
 
+@counts_threads
 def test_a_forgotten_buffer_and_group_are_released() -> None:
     group = ep.Group.single()
     buffer = ep.Buffer(group, **SHAPE, threads=3)
@@ -71,6 +82,7 @@ pending = buffer.dispatch(x, idx, send_only=True)
 """
 
 
+@pytest.mark.cpu_only("the program has NumPy arrays")
 def test_a_program_that_closes_nothing_ends_in_silence() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", FORGETFUL],

@@ -1,4 +1,4 @@
-"""Dispatch and combine against the oracle, on NumPy arrays."""
+"""Dispatch and combine against the oracle."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mooncake_ep as ep
+from devices import make_buffer, make_single
 from model import check_dispatched, combine, dispatch, relative_error, routing
-from ranks import Rank, Runner, run_threads
+from ranks import Rank, Runner, run_ranks
+
+pytestmark = pytest.mark.any_backend
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 PAYLOADS = {BF16: "bf16", np.dtype("f2"): "fp16", np.dtype("f4"): "fp32"}
@@ -80,7 +83,7 @@ def round_trip(
     options = {"payloads": [PAYLOADS[np.dtype(dtype)]], **options}
     with (
         rank.join() as group,
-        ep.Buffer(
+        make_buffer(
             group, max_tokens=max(1, *tokens), hidden=hidden, experts=experts, topk=topk, **options
         ) as buffer,
     ):
@@ -104,11 +107,19 @@ def test_a_round_trip_is_as_exact_as_its_type(run: Runner, dtype: Any, weights_a
     assert max(errors) <= ERROR_MAX[dtype], errors
 
 
-def test_fp32_partials_make_a_bf16_sum_no_worse() -> None:
-    def body(rank: Rank, partials: bool) -> float:
-        return round_trip(rank, 2, [16, 16], BF16, 64, 8, 8, fp32_partials=partials)
+@pytest.mark.parametrize("rank_count", [1, 2, 4, 8])
+def test_any_number_of_ranks(rank_count: int) -> None:
+    tokens = [(5 * rank) % 8 for rank in range(rank_count)]
+    errors = run_ranks(round_trip, rank_count, 6, tokens, BF16, 256, 16, 4)
+    assert max(errors) <= ERROR_MAX[BF16], errors
 
-    rounded, exact = run_threads(body, 2, False), run_threads(body, 2, True)
+
+def with_partials(rank: Rank, fp32: bool) -> float:
+    return round_trip(rank, 2, [16, 16], BF16, 64, 8, 8, fp32_partials=fp32)
+
+
+def test_fp32_partials_make_a_bf16_sum_no_worse() -> None:
+    rounded, exact = run_ranks(with_partials, 2, False), run_ranks(with_partials, 2, True)
     assert max(exact) <= max(rounded) <= ERROR_MAX[BF16]
 
 
@@ -139,20 +150,20 @@ def as_int32(choices: np.ndarray) -> np.ndarray:
 )
 @pytest.mark.parametrize("tokens", [[3, 3], [0, 4], [1, 0, 6, 2], [0, 0]], ids=str)
 def test_any_routing_and_any_number_of_tokens(tokens: list[int], change: Any) -> None:
-    errors = run_threads(round_trip, len(tokens), 3, tokens, BF16, 64, 4, 2, "dispatch", change)
+    errors = run_ranks(round_trip, len(tokens), 3, tokens, BF16, 64, 4, 2, "dispatch", change)
     assert max(errors) <= ERROR_MAX[BF16], errors
 
 
 @pytest.mark.parametrize("topk", [1, 2, 3, 8, 31, 32])
 def test_up_to_32_choices(topk: int) -> None:
-    errors = run_threads(round_trip, 2, 4, [5, 9], np.dtype("f4"), 64, 32, topk)
+    errors = run_ranks(round_trip, 2, 4, [5, 9], np.dtype("f4"), 64, 32, topk)
     assert max(errors) <= ERROR_MAX[np.dtype("f4")], errors
 
 
 def test_an_id_outside_the_experts_counts_as_none_and_is_counted() -> None:
     with (
-        ep.Group.single() as group,
-        ep.Buffer(group, max_tokens=4, hidden=64, experts=4, topk=3) as buffer,
+        make_single() as group,
+        make_buffer(group, max_tokens=4, hidden=64, experts=4, topk=3) as buffer,
     ):
         x = np.ones((2, 64), BF16)
         topk_idx = np.array([[4, -2, 1], [-1, 2**40, -(2**40)]])
@@ -166,8 +177,8 @@ def test_an_id_outside_the_experts_counts_as_none_and_is_counted() -> None:
 
 def test_an_expert_named_twice_gets_the_token_once_and_the_weights_add_up() -> None:
     with (
-        ep.Group.single() as group,
-        ep.Buffer(group, max_tokens=4, hidden=64, experts=4, topk=3) as buffer,
+        make_single() as group,
+        make_buffer(group, max_tokens=4, hidden=64, experts=4, topk=3) as buffer,
     ):
         received = buffer.dispatch(
             np.ones((1, 64), BF16), np.array([[2, 1, 2]]), np.array([[1, 2, 4]], np.float32)
@@ -178,8 +189,8 @@ def test_an_expert_named_twice_gets_the_token_once_and_the_weights_add_up() -> N
 
 def test_rows_of_x_and_out_may_be_further_apart() -> None:
     with (
-        ep.Group.single() as group,
-        ep.Buffer(group, max_tokens=4, hidden=64, experts=4, topk=2) as buffer,
+        make_single() as group,
+        make_buffer(group, max_tokens=4, hidden=64, experts=4, topk=2) as buffer,
     ):
         wide = np.arange(4 * 128, dtype=np.float32).reshape(4, 128).astype(BF16)
         x, topk_idx = wide[:, 64:], np.zeros((4, 1), np.int32)
@@ -194,8 +205,8 @@ def test_rows_of_x_and_out_may_be_further_apart() -> None:
 
 def test_rows_that_hold_no_token_are_left_as_they_were() -> None:
     with (
-        ep.Group.single() as group,
-        ep.Buffer(group, max_tokens=4, hidden=64, experts=4, topk=1) as buffer,
+        make_single() as group,
+        make_buffer(group, max_tokens=4, hidden=64, experts=4, topk=1) as buffer,
     ):
         x, topk_idx = np.ones((1, 64), BF16), np.zeros((1, 1), np.int32)
         out = buffer.dispatch(x, topk_idx)
@@ -230,23 +241,23 @@ def rounds(draw: st.DrawFn) -> tuple[Any, ...]:
     return ranks, experts, choices, hidden, dtype, weights_at, threads
 
 
+def drawn_round(rank: Rank, drawn: tuple[Any, ...]) -> float:
+    _, experts, choices, hidden, dtype, weights_at, threads = drawn
+    return round_trip(
+        rank,
+        5,
+        [len(ids) for ids in choices],
+        dtype,
+        hidden,
+        experts,
+        choices[0].shape[1],
+        weights_at,
+        topk_idx=choices,
+        threads=threads,
+    )
+
+
 @given(rounds())
 def test_any_round_is_as_the_model_says(drawn: tuple[Any, ...]) -> None:
-    ranks, experts, choices, hidden, dtype, weights_at, threads = drawn
-    tokens = [len(ids) for ids in choices]
-
-    def body(rank: Rank) -> float:
-        return round_trip(
-            rank,
-            5,
-            tokens,
-            dtype,
-            hidden,
-            experts,
-            choices[0].shape[1],
-            weights_at,
-            topk_idx=choices,
-            threads=threads,
-        )
-
-    assert max(run_threads(body, ranks)) <= ERROR_BOUND[dtype]
+    ranks, dtype = drawn[0], drawn[4]
+    assert max(run_ranks(drawn_round, ranks, drawn)) <= ERROR_BOUND[dtype]

@@ -8,9 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import mooncake_ep as ep
+from devices import make_buffer
 from model import check_dispatched, combine, relative_error, routing
 from ranks import Rank, Runner
+
+pytestmark = pytest.mark.any_backend
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -43,7 +45,7 @@ def cast(rank: Rank, quant: str, layout: str, dtype: Any) -> float:
     weights = [rng.random((len(rows), topk), dtype=np.float32) for rows in x]
     with (
         rank.join() as group,
-        ep.Buffer(
+        make_buffer(
             group,
             max_tokens=8,
             hidden=hidden,
@@ -53,7 +55,7 @@ def cast(rank: Rank, quant: str, layout: str, dtype: Any) -> float:
         ) as buffer,
     ):
         mine = topk_idx[rank.rank], weights[rank.rank]
-        received = buffer.dispatch(x[rank.rank], *mine, quant=quant, scale_layout=layout)  # type: ignore[call-overload]
+        received = buffer.dispatch(x[rank.rank], *mine, quant=quant, scale_layout=layout)
         local, rows = buffer.local_experts, 2 * 8
         assert received.x.dtype == FP8
         assert received.scales.shape == (local, rows, hidden // GROUP)
@@ -104,7 +106,7 @@ def pass_on(rank: Rank, as_bytes: bool, by_column: bool) -> None:
     own_x, own_scales = x[rank.rank], scales[rank.rank]
     with (
         rank.join() as group,
-        ep.Buffer(
+        make_buffer(
             group, max_tokens=8, hidden=hidden, experts=experts, topk=topk, payloads=["fp8"]
         ) as buffer,
     ):

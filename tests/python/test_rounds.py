@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 import mooncake_ep as ep
+from devices import make_buffer, make_single
 from model import check_dispatched, routing
-from ranks import Rank, Runner, run_threads
+from ranks import Rank, Runner, run_ranks
+
+pytestmark = pytest.mark.any_backend
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SHAPE = {"max_tokens": 6, "hidden": 64, "experts": 4, "topk": 2}
@@ -34,7 +37,7 @@ def expected_sum(x: np.ndarray) -> bytes:
 
 def in_halves(rank: Rank, order: tuple[int, ...], in_flight: int) -> None:
     """Send as many rounds as may be in flight, receive in ``order``; combine likewise."""
-    with rank.join() as group, ep.Buffer(group, **SHAPE, rounds_in_flight=in_flight) as buffer:
+    with rank.join() as group, make_buffer(group, **SHAPE, rounds_in_flight=in_flight) as buffer:
         for repeat in range(4):
             rounds = [inputs(10 * repeat + i, group.size) for i in range(in_flight)]
             sent = [
@@ -58,11 +61,11 @@ def test_two_rounds_in_flight_are_received_in_any_order(run: Runner, order: tupl
 
 
 def test_eight_rounds_in_flight_are_received_in_any_order() -> None:
-    run_threads(in_halves, 4, (3, 0, 7, 1, 6, 2, 5, 4), 8)
+    run_ranks(in_halves, 4, (3, 0, 7, 1, 6, 2, 5, 4), 8)
 
 
 def test_a_round_beyond_the_limit_is_refused_and_the_others_go_on() -> None:
-    with ep.Group.single() as group, ep.Buffer(group, **SHAPE, rounds_in_flight=2) as buffer:
+    with make_single() as group, make_buffer(group, **SHAPE, rounds_in_flight=2) as buffer:
         x, idx = np.ones((1, 64), BF16), np.zeros((1, 1), np.int32)
         sent = [buffer.dispatch(x, idx, send_only=True) for _ in range(2)]
         with pytest.raises(ep.EpError, match="rounds_in_flight_max") as caught:
@@ -76,7 +79,7 @@ def test_a_round_beyond_the_limit_is_refused_and_the_others_go_on() -> None:
 
 
 def test_a_handle_in_flight_cannot_be_used() -> None:
-    with ep.Group.single() as group, ep.Buffer(group, **SHAPE) as buffer:
+    with make_single() as group, make_buffer(group, **SHAPE) as buffer:
         x, idx = np.ones((1, 64), BF16), np.zeros((1, 1), np.int32)
         first = buffer.dispatch(x, idx)
         pending = buffer.dispatch(x, idx, handle=first.handle, send_only=True)
@@ -90,7 +93,7 @@ def test_a_handle_in_flight_cannot_be_used() -> None:
 
 
 def test_a_pending_round_may_be_received_in_another_thread() -> None:
-    with ep.Group.single() as group, ep.Buffer(group, **SHAPE) as buffer:
+    with make_single() as group, make_buffer(group, **SHAPE) as buffer:
         x, idx = np.ones((1, 64), BF16), np.zeros((1, 1), np.int32)
         pending = buffer.dispatch(x, idx, send_only=True)
         received: list[ep.Dispatched] = []
@@ -101,7 +104,7 @@ def test_a_pending_round_may_be_received_in_another_thread() -> None:
 
 
 def test_a_round_that_is_dropped_warns_and_its_handle_is_not_used_again() -> None:
-    with ep.Group.single() as group, ep.Buffer(group, **SHAPE, rounds_in_flight=2) as buffer:
+    with make_single() as group, make_buffer(group, **SHAPE, rounds_in_flight=2) as buffer:
         x, idx = np.ones((1, 64), BF16), np.zeros((1, 1), np.int32)
         with pytest.warns(ResourceWarning, match="never received"):
             buffer.dispatch(x, idx, send_only=True)
@@ -113,9 +116,9 @@ def test_a_round_that_is_dropped_warns_and_its_handle_is_not_used_again() -> Non
 
 
 def test_a_pending_round_of_a_closed_buffer_fails_quietly() -> None:
-    with ep.Group.single() as group, warnings.catch_warnings():
+    with make_single() as group, warnings.catch_warnings():
         warnings.simplefilter("error")
-        buffer = ep.Buffer(group, **SHAPE)
+        buffer = make_buffer(group, **SHAPE)
         pending = buffer.dispatch(
             np.ones((1, 64), BF16), np.zeros((1, 1), np.int32), send_only=True
         )
@@ -127,7 +130,7 @@ def test_a_pending_round_of_a_closed_buffer_fails_quietly() -> None:
 
 
 def test_handles_outlive_later_rounds_and_are_used_again_when_dropped() -> None:
-    with ep.Group.single() as group, ep.Buffer(group, **SHAPE) as buffer:
+    with make_single() as group, make_buffer(group, **SHAPE) as buffer:
         rounds = [inputs(seed, 1) for seed in range(5)]
         kept = [buffer.dispatch(x[0], idx[0]) for x, idx in rounds]
         for (x, _), received in zip(rounds, kept, strict=True):
@@ -142,7 +145,7 @@ def test_handles_outlive_later_rounds_and_are_used_again_when_dropped() -> None:
 
 
 def test_out_is_filled_and_returned_and_its_old_handle_stays_valid() -> None:
-    with ep.Group.single() as group, ep.Buffer(group, **SHAPE) as buffer:
+    with make_single() as group, make_buffer(group, **SHAPE) as buffer:
         (x, idx), (x2, idx2) = inputs(1, 1), inputs(2, 1)
         out = buffer.dispatch(x[0], idx[0])
         old_handle, old_x, pointer = out.handle, np.array(out.x), out.x.ctypes.data
@@ -158,7 +161,7 @@ def test_out_is_filled_and_returned_and_its_old_handle_stays_valid() -> None:
 
 
 def test_optional_outputs_may_be_left_out() -> None:
-    with ep.Group.single() as group, ep.Buffer(group, **SHAPE) as buffer:
+    with make_single() as group, make_buffer(group, **SHAPE) as buffer:
         x, idx = np.ones((1, 64), BF16), np.zeros((1, 1), np.int32)
         out = ep.Dispatched(np.empty((4, 6, 64), BF16), None, np.empty(4, np.int32))
         received = buffer.dispatch(x, idx, out=out)
@@ -171,7 +174,7 @@ def with_delays(rank: Rank, seed: int, count: int) -> bytes:
     """Run rounds in which each rank is late at random; return all that was received."""
     shared, own = np.random.default_rng(seed), np.random.default_rng((seed, rank.rank))
     log = []
-    with rank.join() as group, ep.Buffer(group, **SHAPE) as buffer:
+    with rank.join() as group, make_buffer(group, **SHAPE) as buffer:
         out = None
         for number in range(count):
             x, idx = inputs(int(shared.integers(1 << 30)), group.size)
@@ -203,20 +206,20 @@ def random_sums(rank: Rank, dtype: Any) -> bytes:
     x = rng.standard_normal((6, 64)).astype(dtype)
     idx, weights = routing(rng, 6, 8, 6), rng.random((6, 6), dtype=np.float32)
     shape = {**SHAPE, "experts": 8, "topk": 6}
-    with rank.join() as group, ep.Buffer(group, **shape, payloads=["bf16", "fp32"]) as buffer:
+    with rank.join() as group, make_buffer(group, **shape, payloads=["bf16", "fp32"]) as buffer:
         received = buffer.dispatch(x, idx, weights)
         return bytes(buffer.combine(received.x, received).tobytes())
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.dtype("f4")], ids=str)
 def test_two_runs_give_the_same_bits(dtype: Any) -> None:
-    assert run_threads(random_sums, 4, dtype) == run_threads(random_sums, 4, dtype)
+    assert run_ranks(random_sums, 4, dtype) == run_ranks(random_sums, 4, dtype)
 
 
 def test_two_buffers_in_two_threads_do_not_disturb_each_other() -> None:
     def serve(seed: int, errors: list[BaseException]) -> None:
         try:
-            with ep.Group.single() as group, ep.Buffer(group, **SHAPE) as buffer:
+            with make_single() as group, make_buffer(group, **SHAPE) as buffer:
                 for number in range(300):
                     x, idx = inputs(seed + number, 1)
                     received = buffer.dispatch(x[0], idx[0])

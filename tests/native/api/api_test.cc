@@ -1,6 +1,8 @@
-// The library as a caller sees it: through the C ABI, ranks as threads. Processes:
-// processes_test.cc; what is refused: errors_test.cc.
+// The library as a caller sees it: through the C ABI. Built twice: as api_test with ranks that are
+// threads on the CPU, and as api_cuda_test with ranks that are processes on GPUs. Processes on the
+// CPU: processes_test.cc; what is refused: errors_test.cc.
 #include "support/abi.h"
+#include "support/forked.h"
 #include "support/tidy.h"
 
 #include <atomic>
@@ -8,14 +10,21 @@
 namespace ep::test {
 namespace {
 
-using Api = Tidy;
+class Api : public Tidy {
+  protected:
+    // A process that has asked a GPU's driver cannot fork ranks that use it.
+    void ask_drivers() override {
+        if (on_cpu()) Tidy::ask_drivers();
+    }
+};
 
-// A group and a buffer for each of R threads, then body(group, buffer, rank).
+#define ONLY_ON_THE_CPU(fact) \
+    if (!on_cpu()) GTEST_SKIP() << "only on the CPU: " << fact
+
+// A group and a buffer for each rank, then body(group, buffer, rank).
 using Body = std::function<void(const Group &, const Buffer &, int)>;
 void run_buffers(int rank_count, const mep_buffer_config_t &config, const Body &body) {
-    const World world = make_world(rank_count);
-    run_ranks(rank_count, [&](int rank) {
-        const Group group = make_group(group_config(rank, rank_count, world.get()));
+    run_groups(rank_count, [&](int rank, const Group &group) {
         const Buffer buffer = make_buffer(group, config);
         body(group, buffer, rank);
     });
@@ -27,6 +36,7 @@ void run_buffers(int rank_count, const mep_buffer_config_t &config, const Body &
 TEST_F(Api, CarriesTokensThereAndBackBetweenAnyNumberOfRanks) {
     for (const int rank_count : {1, 2, 3, 4, 8})
         for (const int thread_count : {1, 3}) {
+            if (IsSkipped() || (!on_cpu() && thread_count > 1)) continue;  // GPUs have none
             SCOPED_TRACE(std::to_string(rank_count) + " ranks of " + std::to_string(thread_count) +
                          " threads");
             mep_buffer_config_t config = buffer_config(rank_count);
@@ -110,10 +120,10 @@ TEST_F(Api, TakesWeightsAtCombineInsteadOfDispatch) {
             Share share(plan, rank);
             mep_dispatch_args_t dispatch = share.dispatch_args();
             dispatch.topk_weights = nullptr;
-            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &dispatch), MEP_OK);
+            EXPECT_EQ(test::dispatch(buffer, handle, dispatch), MEP_OK);
             mep_combine_args_t combine = share.combine_args();
             combine.topk_weights = share.topk_weights.view();
-            EXPECT_EQ(mep_combine(buffer.get(), handle.get(), &combine), MEP_OK);
+            EXPECT_EQ(test::combine(buffer, handle, combine), MEP_OK);
             EXPECT_TRUE(share.combined());
         }
     });
@@ -132,8 +142,7 @@ TEST_F(Api, CastsToFp8WithScalesOfAnyStrides) {
         mep_dispatch_args_t args = share.dispatch_args();
         args.quant = MEP_QUANT_FP8;
         args.out_scales = scales.view();
-        EXPECT_EQ(mep_dispatch(buffer.get(), make_handle(buffer).get(), &args), MEP_OK)
-            << mep_last_error();
+        EXPECT_EQ(test::dispatch(buffer, make_handle(buffer), args), MEP_OK) << mep_last_error();
         for (int e = 0; e < experts; ++e)
             for (size_t i = 0; i < plan.rows[rank * experts + e].size(); ++i) {
                 const Packed &row = plan.rows[rank * experts + e][i];
@@ -164,11 +173,11 @@ TEST_F(Api, TakesRowsFurtherApartThanTheirLength) {
         }
         mep_dispatch_args_t dispatch = share.dispatch_args();
         dispatch.x = x.view();
-        EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &dispatch), MEP_OK);
+        EXPECT_EQ(test::dispatch(buffer, handle, dispatch), MEP_OK);
         EXPECT_TRUE(share.dispatched());
         mep_combine_args_t combine = share.combine_args();
         combine.out = out.view();
-        EXPECT_EQ(mep_combine(buffer.get(), handle.get(), &combine), MEP_OK);
+        EXPECT_EQ(test::combine(buffer, handle, combine), MEP_OK);
         for (int64_t token = 0; token < count; ++token)
             std::memcpy(share.out.data() + token * hidden * 2,
                         out.data() + (token * stride + 8) * 2, hidden * 2);
@@ -185,7 +194,7 @@ TEST_F(Api, LeavesOptionalOutputsOut) {
         mep_dispatch_args_t args = share.dispatch_args();
         args.out_src_info = nullptr;
         args.out_layout_range = nullptr;
-        EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+        EXPECT_EQ(test::dispatch(buffer, handle, args), MEP_OK);
         EXPECT_EQ(share.combine(buffer, handle), MEP_OK);
         EXPECT_TRUE(share.combined());
         EXPECT_EQ(share.out_src_info.data<int32_t>()[0], -1);
@@ -222,17 +231,21 @@ class MeetingPoint {
     std::atomic<int> arrived_{0};
 };
 
-// Ranks 0 and 1 of three do a round without rank 2, which has a buffer but never sends. All send
-// before any receives, so that only rank 2 can miss a deadline.
+// Ranks 0 and 1 of three do a round without rank 2, which has a buffer but never sends, and which
+// stays until nobody writes to its window any more. All send before any receives, so that only rank
+// 2 can miss a deadline.
 void run_without_rank_2(
     const std::function<void(Share &, const Buffer &, const Handle &, MeetingPoint &)> &survivor) {
     const mep_buffer_config_t config = buffer_config(3);
-    MeetingPoint point(2);
-    run_buffers(3, config, [&](const Group &, const Buffer &buffer, int rank) {
-        if (rank == 2) return;
-        const Plan plan = Plan::of(config, 3, 110, {2});
-        Share share(plan, rank);
-        survivor(share, buffer, make_handle(buffer), point);
+    const Shared<MeetingPoint> point(2);
+    run_buffers(3, config, [&](const Group &group, const Buffer &buffer, int rank) {
+        if (rank != 2) {
+            const Plan plan = Plan::of(config, 3, 110, {2});
+            Share share(plan, rank);
+            survivor(share, buffer, make_handle(buffer), *point);
+        }
+        char all[3];
+        EXPECT_EQ(mep_group_all_gather(group.get(), "", all, 1), MEP_OK) << mep_last_error();
     });
 }
 
@@ -243,7 +256,7 @@ void expect_good_combine(Share &share, const Buffer &buffer, const Handle &handl
     EXPECT_TRUE(share.dispatched());
     mep_combine_args_t combine = share.combine_args();
     combine.active_ranks = active;
-    EXPECT_EQ(mep_combine(buffer.get(), handle.get(), &combine), MEP_OK) << mep_last_error();
+    EXPECT_EQ(test::combine(buffer, handle, combine), MEP_OK) << mep_last_error();
     EXPECT_TRUE(share.combined());
 }
 
@@ -254,7 +267,7 @@ TEST_F(Api, DoesNotWaitForRanksThatTheCallerMasks) {
             active.fill<int32_t>({1, 1, 0});
             mep_dispatch_args_t args = share.dispatch_args();
             args.active_ranks = active.view();
-            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+            EXPECT_EQ(test::dispatch(buffer, handle, args), MEP_OK);
             expect_good_combine(share, buffer, handle, active.view());
         });
 }
@@ -269,7 +282,7 @@ TEST_F(Api, ARankCannotMaskItself) {
         active.fill<int32_t>({0});
         mep_dispatch_args_t args = share.dispatch_args();
         args.active_ranks = active.view();
-        EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+        EXPECT_EQ(test::dispatch(buffer, handle, args), MEP_OK);
         expect_good_combine(share, buffer, handle, active.view());
     });
 }
@@ -282,10 +295,10 @@ TEST_F(Api, MasksALateRankInTheCallersArray) {
             mep_dispatch_args_t args = share.dispatch_args(MEP_PHASE_SEND);
             args.timeout_us = kShortUs;
             args.active_ranks = active.view();
-            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+            EXPECT_EQ(test::dispatch(buffer, handle, args), MEP_OK);
             point.meet();
             args.phases = MEP_PHASE_RECEIVE;
-            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+            EXPECT_EQ(test::dispatch(buffer, handle, args), MEP_OK);
             EXPECT_EQ(std::vector<int32_t>(active.data<int32_t>(), active.data<int32_t>() + 4),
                       (std::vector<int32_t>{1, 1, 0, 7}));
             expect_good_combine(share, buffer, handle, active.view());
@@ -293,15 +306,16 @@ TEST_F(Api, MasksALateRankInTheCallersArray) {
 }
 
 TEST_F(Api, ReportsALateRankOnceAndGoesOnWithoutIt) {
+    ONLY_ON_THE_CPU("a call on a GPU returns before anybody can be late");
     expect_warnings();
     run_without_rank_2(
         [](Share &share, const Buffer &buffer, const Handle &handle, MeetingPoint &point) {
             mep_dispatch_args_t args = share.dispatch_args(MEP_PHASE_SEND);
             args.timeout_us = kShortUs;
-            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_OK);
+            EXPECT_EQ(test::dispatch(buffer, handle, args), MEP_OK);
             point.meet();
             args.phases = MEP_PHASE_RECEIVE;
-            EXPECT_EQ(mep_dispatch(buffer.get(), handle.get(), &args), MEP_PEER_FAILED);
+            EXPECT_EQ(test::dispatch(buffer, handle, args), MEP_PEER_FAILED);
             EXPECT_NE(std::string(mep_last_error()).find("rank 2"), std::string::npos)
                 << mep_last_error();
             expect_good_combine(share, buffer, handle, nullptr);
@@ -327,25 +341,25 @@ TEST_F(Api, RanksLeaveInAnyOrder) {
 
 TEST_F(Api, BufferOutlivesItsGroupOnlyToBeDestroyed) {
     const mep_buffer_config_t config = buffer_config(1);
-    Group group = make_group(group_config(0, 1, nullptr));
-    const Buffer buffer = make_buffer(group, config);
-    const Handle handle = make_handle(buffer);
-    const Plan plan = Plan::of(config, 1, 130);
-    Share share(plan, 0);
-    group.reset();
-    EXPECT_EQ(share.dispatch(buffer, handle), MEP_INVALID_STATE);
-    mep_handle_t *another = nullptr;
-    EXPECT_EQ(mep_handle_create(buffer.get(), &another), MEP_INVALID_STATE);
-    EXPECT_EQ(another, nullptr);
+    run_groups(1, [&](int, const Group &) {
+        Group group = make_group(group_config(0, 1, nullptr));
+        const Buffer buffer = make_buffer(group, config);
+        const Handle handle = make_handle(buffer);
+        const Plan plan = Plan::of(config, 1, 130);
+        Share share(plan, 0);
+        group.reset();
+        EXPECT_EQ(share.dispatch(buffer, handle), MEP_INVALID_STATE);
+        mep_handle_t *another = nullptr;
+        EXPECT_EQ(mep_handle_create(buffer.get(), &another), MEP_INVALID_STATE);
+        EXPECT_EQ(another, nullptr);
+    });
 }
 
 // Each rank creates with a config of its own; all fail with `status`, and then a good round works.
 void expect_create_fails_everywhere(const std::function<void(int, mep_buffer_config_t *)> &spoil,
                                     mep_status_t status, const std::string &elsewhere) {
-    const World world = make_world(3);
     const mep_buffer_config_t good = buffer_config(3);
-    run_ranks(3, [&](int rank) {
-        const Group group = make_group(group_config(rank, 3, world.get()));
+    run_groups(3, [&](int rank, const Group &group) {
         mep_buffer_config_t config = good;
         spoil(rank, &config);
         mep_buffer_t *buffer = nullptr;
@@ -390,13 +404,12 @@ TEST_F(Api, MemoryThatNobodyHasFailsAll) {
             config->payload_types = MEP_PAYLOAD_FP32;
             config->rounds_in_flight_max = MEP_ROUNDS_IN_FLIGHT_MAX;
         },
-        MEP_OUT_OF_MEMORY, "window");
+        MEP_OUT_OF_MEMORY, on_cpu() ? "window" : "out of memory");
 }
 
 TEST_F(Api, ThreadCountsMayDiffer) {
-    const World world = make_world(2);
-    run_ranks(2, [&](int rank) {
-        const Group group = make_group(group_config(rank, 2, world.get()));
+    ONLY_ON_THE_CPU("nothing else has threads of ours");
+    run_groups(2, [&](int rank, const Group &group) {
         mep_buffer_config_t config = buffer_config(2);
         config.cpu_thread_count = 1 + rank;
         expect_round(make_buffer(group, config), Plan::of(config, 2, 150), rank);
@@ -442,6 +455,7 @@ int32_t gather(void *context, const void *send, void *receive, size_t bytes) {
 }
 
 TEST_F(Api, MeetsOverTheCallersAllGather) {
+    ONLY_ON_THE_CPU("the ranks meet in memory, as threads");
     Gatherer gatherer(3);
     run_ranks(3, [&](int rank) {
         GathererOfRank self{&gatherer, rank};
@@ -455,6 +469,7 @@ TEST_F(Api, MeetsOverTheCallersAllGather) {
 }
 
 TEST_F(Api, MeetsOverAUniqueIdInOneProcess) {
+    ONLY_ON_THE_CPU("on GPUs all ranks of these tests meet over one, in processes");
     mep_unique_id_t id;
     ASSERT_EQ(mep_unique_id_create(nullptr, &id), MEP_OK) << mep_last_error();
     run_ranks(2, [&](int rank) {

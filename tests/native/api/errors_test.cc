@@ -472,10 +472,12 @@ TEST_F(Refused, MoreRoundsInFlightThanTheBufferHas) {
     for (const int flight : {1, 2, 8}) {
         SCOPED_TRACE("rounds in flight: " + std::to_string(flight));
         const Alone alone(flight);
-        std::vector<Share> shares(flight + 1, Share(alone.plan, 0));
+        std::vector<Share> shares;
         std::vector<Handle> handles;
-        for (int i = 0; i <= flight; ++i)
+        for (int i = 0; i <= flight; ++i) {
+            shares.emplace_back(alone.plan, 0);
             handles.push_back(make_handle(alone.buffer));
+        }
         for (int i = 0; i < flight; ++i)
             EXPECT_EQ(shares[i].dispatch(alone.buffer, handles[i], MEP_PHASE_SEND), MEP_OK);
         expect_refused(shares.back().dispatch(alone.buffer, handles.back(), MEP_PHASE_SEND),

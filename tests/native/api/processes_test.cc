@@ -2,12 +2,11 @@
 // forks the others before anything has started a thread. An alarm ends each of them, whatever
 // happens.
 #include "support/abi.h"
+#include "support/forked.h"
 #include "support/tidy.h"
 
 #include <atomic>
 #include <csignal>
-#include <new>
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -66,25 +65,6 @@ class Processes : public Tidy {
         const Group group = make_group(config);
         body(rank, group);
     }
-};
-
-// An object that all processes forked later share.
-template <class T>
-class Shared {
-  public:
-    template <class... Args>
-    explicit Shared(Args... args)
-        : memory_(
-              mmap(nullptr, sizeof(T), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0)) {
-        new (memory_) T(args...);
-    }
-    ~Shared() { munmap(memory_, sizeof(T)); }
-    Shared(const Shared &) = delete;
-    Shared &operator=(const Shared &) = delete;
-    T &operator*() const { return *static_cast<T *>(memory_); }
-
-  private:
-    void *memory_;
 };
 
 void await(const std::atomic<int> &counter, int goal) {

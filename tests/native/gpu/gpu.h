@@ -19,17 +19,32 @@ namespace gpu {
 
 enum class Weights { kAtDispatch, kAtCombine, kNone };
 
+enum class Order {
+    kWhole,
+    kHalves,
+    kCrossed,  // two dispatches in flight, received in the other order; their combines likewise
+};
+
 struct Problem {
     int ranks = 2, tokens_max = 32, hidden = 256, experts = 8, topk = 2;
     int type_code = MEP_TYPE_BFLOAT, type_bits = 16;
     uint32_t quant = MEP_QUANT_NONE;
     Weights weights = Weights::kAtDispatch;
     uint32_t seed = 1;
-    bool in_halves = false;
-    int rounds = 3;
+    Order order = Order::kWhole;
+    int rounds = 3;  // even if crossed
 
     int64_t local() const { return experts / ranks; }
     int64_t rows() const { return int64_t(ranks) * tokens_max; }
+};
+
+// Who runs, and where: one rank on one backend. Ranks meet in a world or over an id.
+struct Seat {
+    int rank = 0, backend = MEP_BACKEND_CPU, device = 0;
+    mep_world_t *world = nullptr;
+    const mep_unique_id_t *id = nullptr;
+
+    bool on_gpu() const { return backend != MEP_BACKEND_CPU; }
 };
 
 // Memory of one backend.
@@ -86,14 +101,15 @@ struct Array {
     std::vector<int64_t> shape;
     mep_tensor_t tensor{};
 
-    Array(bool on_gpu, int device, int code, int bits, std::vector<int64_t> dimensions)
+    Array(const Seat &seat, int code, int bits, std::vector<int64_t> dimensions)
         : shape(std::move(dimensions)) {
         size_t count = 1;
         for (const int64_t extent : shape)
             count *= extent;
-        memory = Memory(on_gpu, count * bits / 8);
+        memory = Memory(seat.on_gpu(), count * bits / 8);
         tensor.data = memory.data();
-        tensor.device = {on_gpu ? MEP_DEVICE_CUDA : MEP_DEVICE_CPU, on_gpu ? device : 0};
+        tensor.device = {seat.on_gpu() ? MEP_DEVICE_CUDA : MEP_DEVICE_CPU,
+                         seat.on_gpu() ? seat.device : 0};
         tensor.ndim = static_cast<int32_t>(shape.size());
         tensor.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
         tensor.shape = shape.data();
@@ -117,9 +133,15 @@ struct Inputs {
     static Inputs of(const Problem &p, int rank, int round);
 };
 
-// Runs the rounds of a problem on one backend as one rank; empty results and a text on failure.
-Results run_rank(const Problem &problem, int rank, int backend, int device, mep_world_t *world,
-                 std::string *failure);
+// Does something with a problem as one rank; empty results and a text on failure.
+using Run = Results (*)(const Problem &problem, const Seat &seat, std::string *failure);
+
+// The rounds of the problem, each with arrays of its own.
+Results run_rounds(const Problem &problem, const Seat &seat, std::string *failure);
+
+// Rounds in the same arrays, whose inputs change: on a GPU as replays of one graph, with a round
+// that is called in between now and then, on another handle and other arrays.
+Results run_replays(const Problem &problem, const Seat &seat, std::string *failure);
 
 // The first array that differs; "" if none does.
 std::string difference(const Results &cpu, const Results &gpu);

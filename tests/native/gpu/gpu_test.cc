@@ -1,14 +1,22 @@
 // CUDA against the CPU, bit for bit: ranks as threads and as processes, also several on one GPU.
 #include "gpu/gpu.h"
 
-#include <cstdlib>
-#include <gtest/gtest.h>
-#include <sys/wait.h>
-#include <thread>
-#include <unistd.h>
+#include "support/forked.h"
 
+#include <cstdlib>
+#include <functional>
+#include <gtest/gtest.h>
+#include <optional>
+#include <thread>
+
+using ep::test::IdOfGroup;
+using ep::test::run_forked;
+using ep::test::Shared;
+using ep::test::skip_rank;
 using gpu::Problem;
 using gpu::Results;
+using gpu::Run;
+using gpu::Seat;
 using gpu::Weights;
 
 namespace {
@@ -32,7 +40,9 @@ int device_count() {
     return count;
 }
 
-std::vector<Results> run_threads(const Problem &p, int backend) {
+// ---- Ranks as threads or as processes -----------------------------------------------------------
+
+std::vector<Results> run_threads(const Problem &p, Run run, int backend) {
     mep_world_t *world = nullptr;
     EXPECT_EQ(mep_world_create(p.ranks, &world), MEP_OK);
     std::vector<Results> results(p.ranks);
@@ -41,7 +51,8 @@ std::vector<Results> run_threads(const Problem &p, int backend) {
     const int devices = backend == MEP_BACKEND_CPU ? 1 : device_count();
     for (int rank = 0; rank < p.ranks; ++rank)
         threads.emplace_back([&, rank] {
-            results[rank] = gpu::run_rank(p, rank, backend, rank % devices, world, &failures[rank]);
+            const Seat seat{rank, backend, rank % devices, world, nullptr};
+            results[rank] = run(p, seat, &failures[rank]);
         });
     for (std::thread &thread : threads)
         thread.join();
@@ -51,59 +62,127 @@ std::vector<Results> run_threads(const Problem &p, int backend) {
     return results;
 }
 
-void expect_same_bits(const Problem &p) {
-    const std::vector<Results> cpu = run_threads(p, MEP_BACKEND_CPU);
-    const std::vector<Results> cuda = run_threads(p, MEP_BACKEND_CUDA);
+void expect_same_bits(const Problem &p, Run run = gpu::run_rounds) {
+    const std::vector<Results> cpu = run_threads(p, run, MEP_BACKEND_CPU);
+    const std::vector<Results> cuda = run_threads(p, run, MEP_BACKEND_CUDA);
     for (int rank = 0; rank < p.ranks; ++rank)
         EXPECT_EQ(gpu::difference(cpu[rank], cuda[rank]), "") << "rank " << rank;
 }
 
-// In a child process: both backends as this rank, by the environment. 0: the same bits.
-int child(const Problem &p, int rank, int port) {
-    alarm(100);
-    setenv("RANK", std::to_string(rank).c_str(), 1);
-    setenv("WORLD_SIZE", std::to_string(p.ranks).c_str(), 1);
-    setenv("MASTER_ADDR", "127.0.0.1", 1);
-    setenv("MASTER_PORT", std::to_string(port).c_str(), 1);
-    std::string failure, found;
-    const Results cpu = gpu::run_rank(p, rank, MEP_BACKEND_CPU, 0, nullptr, &failure);
-    const Results cuda =
-        gpu::run_rank(p, rank, MEP_BACKEND_CUDA, rank % device_count(), nullptr, &failure);
-    found = gpu::difference(cpu, cuda);
-    if (failure.empty() && found.empty()) return 0;
-    std::fprintf(stderr, "rank %d: %s %s\n", rank, failure.c_str(), found.c_str());
-    return 1;
+// The same in a process for each rank, which asks for its device itself.
+void expect_same_bits_in_processes(const Problem &p, Run run = gpu::run_rounds) {
+    constexpr unsigned kSecondsMax = 100;
+    const Shared<IdOfGroup> cpu_group, cuda_group;
+    run_forked(p.ranks, kSecondsMax, [&](int rank) {
+        if (const std::string reason = unavailable(); !reason.empty())
+            skip_rank("no CUDA device here: " + reason);
+        std::string failure;
+        Seat seat{rank, MEP_BACKEND_CPU, 0, nullptr, &cpu_group->of(rank)};
+        const Results cpu = run(p, seat, &failure);
+        EXPECT_EQ(failure, "") << "rank " << rank << " on the CPU";
+        seat = {rank, MEP_BACKEND_CUDA, rank % device_count(), nullptr, &cuda_group->of(rank)};
+        const Results cuda = run(p, seat, &failure);
+        EXPECT_EQ(failure, "") << "rank " << rank << " on a GPU";
+        EXPECT_EQ(gpu::difference(cpu, cuda), "") << "rank " << rank;
+    });
 }
+
+// Which carriage a buffer takes is decided when it is created, by the environment.
+class Lines {
+  public:
+    explicit Lines(const char *value) {
+        if (const char *before = getenv(kName)) before_ = before;
+        setenv(kName, value, 1);
+    }
+    Lines(const Lines &) = delete;
+    Lines &operator=(const Lines &) = delete;
+    ~Lines() {
+        if (before_.has_value())
+            setenv(kName, before_->c_str(), 1);
+        else
+            unsetenv(kName);
+    }
+
+  private:
+    static constexpr const char *kName = "MOONCAKE_EP_LINES";
+    std::optional<std::string> before_;
+};
+
+void with_both_carriages(const std::function<void()> &body) {
+    for (const char *value : {"1", "0"}) {
+        if (::testing::Test::IsSkipped()) return;
+        SCOPED_TRACE(std::string("MOONCAKE_EP_LINES=") + value);
+        const Lines lines(value);
+        body();
+    }
+}
+
+void with_replays(const std::function<void(const Problem &, Run)> &expect) {
+    with_both_carriages([&] {
+        for (const uint32_t quant : {MEP_QUANT_NONE, MEP_QUANT_FP8}) {
+            if (::testing::Test::IsSkipped()) return;
+            Problem p;
+            p.tokens_max = 16;
+            p.topk = 3;
+            p.quant = quant;
+            SCOPED_TRACE("quant " + std::to_string(quant));
+            expect(p, gpu::run_replays);
+        }
+    });
+}
+
+Problem two_in_flight() {
+    Problem p;
+    p.order = gpu::Order::kCrossed;
+    p.rounds = 8;
+    return p;
+}
+
+// Threads that share a GPU are other threads' hostages in too many calls of the runtime.
+#define NEEDS_GPU_EACH(ranks)                                                               \
+    do {                                                                                    \
+        NEEDS_GPU();                                                                        \
+        if (device_count() < (ranks))                                                       \
+            GTEST_SKIP() << "threads need a GPU each, and here are " << device_count()      \
+                         << "; CudaProcesses does the same with processes that share them"; \
+    } while (0)
 
 }  // namespace
 
-// First, because a child must not inherit a CUDA context.
+// ---- Processes, first, because a child must not inherit a CUDA context --------------------------
+
 TEST(CudaProcesses, GiveTheBitsOfTheCpu) {
-    for (const int ranks : {2, 4}) {
-        Problem p;
-        p.ranks = ranks;
-        p.tokens_max = 16;
-        std::vector<pid_t> children;
-        const int port = 20000 + getpid() % 20000;
-        for (int rank = 0; rank < ranks; ++rank) {
-            const pid_t pid = fork();
-            if (pid == 0) {
-                const std::string reason = unavailable();
-                _exit(reason.empty() ? child(p, rank, port) : 77);
-            }
-            children.push_back(pid);
+    with_both_carriages([] {
+        for (const int ranks : {1, 2, 4, 8}) {
+            if (IsSkipped()) return;
+            Problem p;
+            p.ranks = ranks;
+            p.experts = 16;
+            p.tokens_max = 16;
+            SCOPED_TRACE(std::to_string(ranks) + " ranks");
+            expect_same_bits_in_processes(p);
         }
-        bool skipped = false;
-        for (const pid_t pid : children) {
-            int status = 0;
-            waitpid(pid, &status, 0);
-            skipped = skipped || (WIFEXITED(status) && WEXITSTATUS(status) == 77);
-            if (!skipped) {
-                EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << ranks << " ranks";
-            }
-        }
-        if (skipped) GTEST_SKIP() << "no CUDA device here";
-    }
+    });
+}
+
+TEST(CudaProcesses, HaveTwoDispatchesInFlight) {
+    with_both_carriages([] { expect_same_bits_in_processes(two_in_flight()); });
+}
+
+TEST(CudaProcesses, ReplaysOfOneGraphFollowTheirInputs) {
+    with_replays(expect_same_bits_in_processes);
+}
+
+// ---- Threads ------------------------------------------------------------------------------------
+
+TEST(Cuda, ReplaysOfOneGraphFollowTheirInputs) {
+    NEEDS_GPU_EACH(2);
+    with_replays(expect_same_bits);
+}
+
+TEST(Cuda, TwoDispatchesMayBeInFlight) {
+    NEEDS_GPU_EACH(2);
+    with_both_carriages([] { expect_same_bits(two_in_flight()); });
 }
 
 TEST(Cuda, GivesTheBitsOfTheCpuForEveryType) {
@@ -130,7 +209,7 @@ TEST(Cuda, GivesTheBitsOfTheCpuForEveryWayOfWeights) {
     for (const Weights weights : {Weights::kAtDispatch, Weights::kAtCombine, Weights::kNone}) {
         Problem p;
         p.weights = weights;
-        p.in_halves = true;
+        p.order = gpu::Order::kHalves;
         expect_same_bits(p);
     }
 }

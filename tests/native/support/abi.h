@@ -1,5 +1,6 @@
 // The C ABI for tests: owners for its objects, arrays that it can borrow, and one rank's share of a
 // round, checked against the oracle. Experts are identities: combine gets dispatch's rows back.
+// Where ranks compute is a file chosen by CMake: support/place_cpu.cc or support/place_cuda.cc.
 #pragma once
 
 #include "mooncake_ep.h"
@@ -18,6 +19,24 @@
 #include <vector>
 
 namespace ep::test {
+
+// ---- Place
+// ----------------------------------------------------------------------------------------
+
+// Where the ranks of this program compute.
+bool on_cpu();
+
+// This rank's device, in its thread: as tensors name it, and for the config of its group.
+mep_device_t tensor_device();
+void choose_device(mep_group_config_t *config);
+
+// Memory that the kernels of this rank and the test reach at the same address.
+using Memory = std::unique_ptr<char, void (*)(char *)>;
+Memory allocate(size_t bytes);
+
+// The stream of this rank's calls, and the end of what is queued on it.
+void *stream();
+void finish();
 
 // ---- Objects
 // --------------------------------------------------------------------------------------
@@ -49,6 +68,7 @@ inline mep_group_config_t group_config(int rank, int rank_count, mep_world_t *wo
     config.rank_count = rank_count;
     config.timeout_us = kTestTimeoutUs;
     config.world = world;
+    choose_device(&config);
     return config;
 }
 
@@ -88,6 +108,9 @@ inline mep_buffer_counters_t counters_of(const Buffer &buffer) {
     return counters;
 }
 
+// body(rank, group) for each rank of a group, all at the same time; on a GPU each in a process.
+void run_groups(int rank_count, const std::function<void(int, const Group &)> &body);
+
 // body(rank) on a thread for each rank.
 inline void run_ranks(int rank_count, const std::function<void(int)> &body) {
     std::vector<std::thread> threads;
@@ -110,33 +133,33 @@ class Tensor {
   public:
     Tensor() = default;
     Tensor(mep_dtype_t type, std::vector<int64_t> shape) : dtype(type), shape(std::move(shape)) {
-        size_t bytes = dtype.bits / 8;
+        bytes_ = dtype.bits / 8;
         for (const int64_t extent : this->shape)
-            bytes *= extent;
-        memory_.resize(bytes);
+            bytes_ *= extent;
+        memory_ = allocate(bytes_);
         poison();
     }
 
     mep_dtype_t dtype{};
     std::vector<int64_t> shape, strides;  // no strides: NULL
-    mep_device_t device{MEP_DEVICE_CPU, 0};
+    mep_device_t device = tensor_device();
     uint64_t byte_offset = 0;
     bool without_data = false, without_shape = false;
 
     template <class T = char>
     T *data() {
-        return reinterpret_cast<T *>(memory_.data());
+        return reinterpret_cast<T *>(memory_.get());
     }
-    void poison() { std::fill(memory_.begin(), memory_.end(), char(0xff)); }
+    void poison() { std::fill_n(memory_.get(), bytes_, char(0xff)); }
     template <class T>
     void fill(const std::vector<T> &values) {
-        ASSERT_EQ(values.size() * sizeof(T), memory_.size());
-        if (!values.empty()) std::memcpy(memory_.data(), values.data(), memory_.size());
+        ASSERT_EQ(values.size() * sizeof(T), bytes_);
+        if (!values.empty()) std::memcpy(memory_.get(), values.data(), bytes_);
     }
 
     // Valid until this object changes.
     const mep_tensor_t *view() {
-        view_ = {without_data ? nullptr : memory_.data(),
+        view_ = {without_data ? nullptr : memory_.get(),
                  device,
                  int32_t(shape.size()),
                  dtype,
@@ -147,9 +170,27 @@ class Tensor {
     }
 
   private:
-    std::vector<char> memory_;
+    size_t bytes_ = 0;
+    Memory memory_{nullptr, [](char *) {}};
     mep_tensor_t view_{};
 };
+
+// ---- Calls
+// ----------------------------------------------------------------------------------------
+
+// On the rank's stream; what is queued there is done when these return.
+inline mep_status_t dispatch(const Buffer &buffer, const Handle &handle, mep_dispatch_args_t args) {
+    args.stream = stream();
+    const mep_status_t status = mep_dispatch(buffer.get(), handle.get(), &args);
+    finish();
+    return status;
+}
+inline mep_status_t combine(const Buffer &buffer, const Handle &handle, mep_combine_args_t args) {
+    args.stream = stream();
+    const mep_status_t status = mep_combine(buffer.get(), handle.get(), &args);
+    finish();
+    return status;
+}
 
 // ---- A round
 // --------------------------------------------------------------------------------------
@@ -230,12 +271,10 @@ struct Share {
     }
 
     mep_status_t dispatch(const Buffer &buffer, const Handle &handle, uint32_t phases = 0) {
-        const mep_dispatch_args_t args = dispatch_args(phases);
-        return mep_dispatch(buffer.get(), handle.get(), &args);
+        return test::dispatch(buffer, handle, dispatch_args(phases));
     }
     mep_status_t combine(const Buffer &buffer, const Handle &handle, uint32_t phases = 0) {
-        const mep_combine_args_t args = combine_args(phases);
-        return mep_combine(buffer.get(), handle.get(), &args);
+        return test::combine(buffer, handle, combine_args(phases));
     }
 
     // Do the outputs of dispatch agree with the oracle?

@@ -121,7 +121,7 @@ class Fleet {
             member.active.assign(rig.ranks, 1);
             if (create_workers(rig.threads, &member.workers) != MEP_OK) std::abort();
             member.tally.resize(size_t(rig.experts) *
-                                tally_row_count(kernels_.sender_block_count_max(queue(rank))));
+                                tally_row_count(kernels_.chunk_count_max(queue(rank))));
             windows_.push_back(member.window.get());
         }
     }

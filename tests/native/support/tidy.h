@@ -34,10 +34,7 @@ class Tidy : public ::testing::Test {
     void SetUp() override {
         // A sanitizer starts a thread of its own with the first that the program starts.
         std::thread([] {}).join();
-        // A GPU's driver keeps descriptors and threads from the first time that it is asked.
-        mep_backend_info_t info{};
-        info.struct_size = sizeof info;
-        mep_backend_query(MEP_BACKEND_CUDA, &info);
+        ask_drivers();
         mep_log_set_callback(&Tidy::keep_line, this, MEP_LOG_WARNING);
         descriptors_ = entries_of("/proc/self/fd", "").size();
         threads_ = entries_of("/proc/self/task", "").size();
@@ -62,6 +59,13 @@ class Tidy : public ::testing::Test {
     }
 
     void expect_warnings() { expects_warnings_ = true; }
+
+    // A GPU's driver keeps descriptors and threads from the first time that it is asked.
+    virtual void ask_drivers() {
+        mep_backend_info_t info{};
+        info.struct_size = sizeof info;
+        mep_backend_query(MEP_BACKEND_CUDA, &info);
+    }
 
   private:
     static void keep_line(void *context, int32_t, const char *message) {
