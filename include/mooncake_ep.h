@@ -61,6 +61,7 @@ extern "C" {
 #define MEP_ROUNDS_IN_FLIGHT_MAX 8 /**< F */
 #define MEP_ALIGNMENT 16           /**< bytes; data of x, out_x, out and of every row of them */
 #define MEP_CPU_THREAD_COUNT_MAX 256
+#define MEP_SM_COUNT_MIN 3 /**< one to count, one to send, one to receive */
 #define MEP_UNIQUE_ID_BYTES 128
 #define MEP_ALL_GATHER_BYTES_MAX 1048576
 
@@ -332,13 +333,20 @@ typedef struct mep_buffer_config {
      * this host, at most 4.
      */
     int32_t cpu_thread_count;
-    uint32_t reserved;
+    /**
+     * Multiprocessors of a GPU that a launch may fill, at least MEP_SM_COUNT_MIN; 0, or more than
+     * there are: all. Ranks may differ. Ignored on the CPU.
+     */
+    int32_t sm_count_max;
 } mep_buffer_config_t;
 
 typedef struct mep_buffer_sizes {
     uint32_t struct_size;
     uint32_t reserved;
-    /** shared memory of one rank: about 2F * 2 * (R-1) * M * H * element bytes */
+    /**
+     * shared memory of one rank: about 2F * 2 * (R-1) * M * H * element bytes. On GPUs whose links
+     * deliver whole lines of memory, a buffer of few tokens takes up to 1/6 more.
+     */
     uint64_t window_bytes;
     uint64_t handle_bytes; /**< device memory of one handle */
 } mep_buffer_sizes_t;
@@ -358,6 +366,8 @@ typedef struct mep_buffer_info {
     int32_t cpu_thread_count;
     uint64_t window_bytes;
     uint64_t handle_bytes;
+    int32_t sm_count; /**< multiprocessors that a launch may fill; 0 on the CPU */
+    uint32_t reserved;
 } mep_buffer_info_t;
 
 /** What a buffer has counted since its creation. */

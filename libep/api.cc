@@ -478,7 +478,7 @@ mep_status_t mep_buffer_query(const mep_buffer_t *buffer, mep_buffer_info_t *inf
         sizeof answer,   b.group().rank(),        b.group().rank_count(),    c.token_count_max,
         c.hidden,        c.expert_count,          layout.local_expert_count, c.topk_max,
         c.payload_types, c.rounds_in_flight_max,  c.fp32_partials,           b.thread_count(),
-        layout.bytes,    b.shape().handle_bytes()};
+        layout.bytes,    b.shape().handle_bytes(), b.sm_count(),           0};
     return write_struct(info, answer, "info");
 }
 

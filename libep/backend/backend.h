@@ -77,7 +77,7 @@ class Device {
     // cannot be told, as for a device that this process does not see.
     virtual bool delivers_lines(const DeviceUuid &peer) const = 0;
 
-    // How many blocks fill the device.
+    // How many multiprocessors it has; 0 on the CPU.
     virtual int block_count() const = 0;
 
     // Makes the device the calling thread's, and gives back what was before; see Entered.

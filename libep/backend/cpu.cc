@@ -160,7 +160,7 @@ class Cpu : public Device {
     }
     bool is_synchronous() const override { return true; }
     DeviceUuid uuid() const override { return {}; }
-    int block_count() const override { return 1; }
+    int block_count() const override { return 0; }
     bool delivers_lines(const DeviceUuid &) const override { return false; }
     int enter() override { return 0; }
     void leave(int) override {}

@@ -16,6 +16,7 @@ constexpr GpuError kGpuSuccess = EP_GPU(Success);
 
 mep_status_t gpu_status(GpuError error, const char *what) {
     if (error == kGpuSuccess) return MEP_OK;
+    EP_GPU(GetLastError)();  // said here, so the next launch must not find it
     const mep_status_t status =
         error == EP_GPU(ErrorMemoryAllocation) ? MEP_OUT_OF_MEMORY : MEP_DEVICE_ERROR;
     return fail(status, "%s: %s (%s)", what, EP_GPU(GetErrorName)(error),

@@ -30,6 +30,8 @@ mep_status_t check_config(const mep_buffer_config_t &c, int rank_count) {
         check_range("rounds_in_flight_max", c.rounds_in_flight_max, 0, MEP_ROUNDS_IN_FLIGHT_MAX));
     EP_TRY(check_range("fp32_partials", c.fp32_partials, 0, 1));
     EP_TRY(check_range("cpu_thread_count", c.cpu_thread_count, 0, MEP_CPU_THREAD_COUNT_MAX));
+    if (c.sm_count_max != 0)
+        EP_TRY(check_range("sm_count_max", c.sm_count_max, MEP_SM_COUNT_MIN, INT32_MAX));
     if (c.hidden % MEP_HIDDEN_MULTIPLE != 0)
         return fail(MEP_INVALID_ARGUMENT, "config.hidden is %d; it must be a multiple of %d",
                     c.hidden, MEP_HIDDEN_MULTIPLE);
@@ -204,7 +206,7 @@ mep_status_t Buffer::allocate() {
     EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &active_));
     EP_TRY(device()->allocate(
         sizeof(int32_t) * layout.shape.expert_count *
-            tally_row_count(device()->kernels().sender_block_count_max(queue(nullptr))),
+            tally_row_count(device()->kernels().chunk_count_max(queue(nullptr))),
         &tally_));
     EP_TRY(device()->allocate(sizeof(char *) * ranks, &windows_on_device_));
     active_seen_.assign(ranks, 1);
@@ -271,10 +273,17 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
     return round;
 }
 
+int Buffer::sm_count() const {
+    const int all = device()->block_count(), limit = shape_.config.sm_count_max;
+    const int share = all / group_->device_sharers();
+    return limit == 0 || limit > share ? share : limit;
+}
+
 Queue Buffer::queue(void *stream) const {
     Queue queue;
     queue.stream = stream;
-    queue.block_count = std::max(1, device()->block_count() / group_->device_sharers());
+    queue.block_count = sm_count();
+    queue.starts_early = group_->device_sharers() == 1;
     queue.workers = workers_.get();
     return queue;
 }

@@ -37,6 +37,7 @@ class Buffer {
     Device *device() const { return group_->device(); }
     const BufferShape &shape() const { return shape_; }
     int thread_count() const { return workers_->count(); }
+    int sm_count() const;  // multiprocessors that a launch may fill; 0 on the CPU
     mep_status_t counters(mep_buffer_counters_t *counters) const;
 
     // What every round of this buffer knows; `handle_memory` holds the routing.

@@ -37,10 +37,12 @@ constexpr bool kRolesApart = false;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr int kLineTokenCountMax = 0;
+constexpr int kLineChoiceCountMax = 0;
+constexpr int kBlocksOfProcessor = 1;
 constexpr bool kCastsFp8 = false;
 
-struct Equals {
-    int total;  // lanes with this key
+struct Votes {
+    int total;  // lanes where it is true
     int lower;  // of them, those before this lane
 };
 
@@ -64,8 +66,7 @@ struct Lane {
         static_assert(kLanes == 1, "a CPU warp has one lane");
         return value;
     }
-    static Equals equals(int) { return {1, 0}; }
-    static Equals count(bool value) { return {value, 0}; }
+    static Votes count(bool value) { return {value, 0}; }
 };
 struct Thread : Lane {};
 struct Warp : Lane {};
@@ -84,7 +85,9 @@ int grid_count() {
 
 // Lines take 8 lanes; kernels that move them are not made for this device, only compiled.
 void push(char *at, bool here, bool signal, Vector piece);
-bool pull(const char *at, bool here, bool signal, uint64_t epoch, Vector *piece);
+template <int kCount>
+bool pull(const char *const (&at)[kCount], const bool (&here)[kCount], bool signal, uint64_t epoch,
+          Vector *pieces);
 
 // As wide as a vector register of the level.
 #if defined(__AVX512F__)
@@ -112,6 +115,9 @@ EP_DEVICE auto fetch(const char *from) {
 template <class Type, int kCount>
 EP_DEVICE auto fetch_row(const char *from) {
     return fetch<Type, kCount>(from);
+}
+EP_DEVICE Vector pass_load_constant(const Vector *from) {
+    return *from;
 }
 EP_DEVICE void pass_store(Vector *to, Vector value) {
     *to = value;
@@ -172,10 +178,9 @@ EP_DEVICE void copy_row(char *to, const char *from, size_t bytes, Caching) {
 constexpr int kTermLoads = 1, kPacksAtOnce = 1;  // the hardware looks ahead by itself
 
 template <class Group, int kLoadsInFlight, class To>
-EP_DEVICE void fan_out(int count, To to, const char *from, size_t begin, size_t end,
-                       Caching caching) {
+EP_DEVICE void fan_out(int count, To to, const char *from, size_t bytes, Caching caching) {
     for (int i = 0; i < count; ++i)
-        if (char *row = to(i)) copy_row(row + begin, from + begin, end - begin, caching);
+        if (char *row = to(i)) copy_row(row, from, bytes, caching);
 }
 
 // A block per worker.
@@ -186,6 +191,9 @@ inline int receiver_block_count_max(const Queue &queue) {
     return sender_block_count_max(queue);
 }
 
+inline int chunk_count_max(const Queue &queue) {
+    return sender_block_count_max(queue);
+}
 template <class Args>
 void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count) {
     if (block_count == 1) {

@@ -30,14 +30,15 @@ constexpr bool kRolesApart = true;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr int kLineTokenCountMax = 512;
+constexpr int kLineChoiceCountMax = 4096;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
 constexpr bool kCastsFp8 = false;
 #else
 constexpr bool kCastsFp8 = true;
 #endif
 
-struct Equals {
-    int total;  // lanes with this key
+struct Votes {
+    int total;  // lanes where it is true
     int lower;  // of them, those before this lane
 };
 
@@ -74,13 +75,9 @@ struct Warp {
             value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
         return value;
     }
-    EP_DEVICE static Equals count(bool value) {
+    EP_DEVICE static Votes count(bool value) {
         const unsigned those = __ballot_sync(kAllLanes, value);
         return {__popc(those), __popc(those & ((1u << rank()) - 1))};
-    }
-    EP_DEVICE static Equals equals(int key) {
-        const unsigned same = __match_any_sync(kAllLanes, key);
-        return {__popc(same), __popc(same & ((1u << rank()) - 1))};
     }
 };
 
@@ -146,6 +143,15 @@ EP_DEVICE uint64_t observe(const uint64_t *word) {
     return value;
 }
 
+// A launch is queued as one that may come before the one before it has ended (see launch_blocks), and
+// lets the next one do so: only the way to the first instruction is saved.
+EP_DEVICE void after_launches_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 EP_DEVICE uint64_t now_ns() {
     uint64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
@@ -202,13 +208,21 @@ EP_DEVICE void push(char *at, bool here, bool, Vector piece) {
                      "l"(piece.words[1])
                      : "memory");
 }
-EP_DEVICE bool pull(const char *at, bool here, bool signal, uint64_t epoch, Vector *piece) {
-    if (here)
-        asm volatile("ld.volatile.global.v2.u64 {%0, %1}, [%2];"
-                     : "=l"(piece->words[0]), "=l"(piece->words[1])
-                     : "l"(at)
-                     : "memory");
-    return Warp::all(!here || !signal || Signal::is_of(piece->words[0], epoch));
+template <int kCount>
+EP_DEVICE bool pull(const char *const (&at)[kCount], const bool (&here)[kCount], bool signal,
+                    uint64_t epoch, Vector *pieces) {
+    EP_UNROLL
+    for (int i = 0; i < kCount; ++i)
+        if (here[i])
+            asm volatile("ld.volatile.global.v2.u64 {%0, %1}, [%2];"
+                         : "=l"(pieces[i].words[0]), "=l"(pieces[i].words[1])
+                         : "l"(at[i])
+                         : "memory");
+    bool whole = true;
+    EP_UNROLL
+    for (int i = 0; i < kCount; ++i)
+        whole = whole && (!here[i] || !signal || Signal::is_of(pieces[i].words[0], epoch));
+    return Warp::all(whole);
 }
 
 // Every launch: `blocks` of `threads`, or only the loading.
@@ -218,14 +232,23 @@ void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, i
     if (queue.load_only) {
         // The same split of the multiprocessors' memory for all: where it differs, a kernel waits
         // for a multiprocessor to be empty, and so, perhaps, for a kernel that waits for it.
-        constexpr int kSharedPercent = 25;
+        constexpr int kSharedPercent = 50;
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                              kSharedPercent);
         cudaFuncAttributes attributes;
         cudaFuncGetAttributes(&attributes, kernel);
         return;
     }
-    kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(queue.stream)>>>(args);
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = threads;
+    config.stream = static_cast<cudaStream_t>(queue.stream);
+    config.attrs = &early;
+    config.numAttrs = queue.starts_early ? 1 : 0;
+    cudaLaunchKernelEx(&config, kernel, args);
 }
 
 // As many senders as multiprocessors; with the receivers and the counter, all blocks fit beside
@@ -236,6 +259,9 @@ inline int sender_block_count_max(const Queue &queue) {
 inline int receiver_block_count_max(const Queue &queue) {
     const int rest = (kBlocksOfProcessor - 1) * queue.block_count - 1;
     return rest < 1 ? 1 : rest;
+}
+inline int chunk_count_max(const Queue &queue) {
+    return queue.block_count;
 }
 template <class Args>
 void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count) {

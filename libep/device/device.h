@@ -4,7 +4,6 @@
 //   kWarpSize                    32 on CUDA, 64 on MACA, 1 on the CPU
 //   Warp::broadcast(v), from(v, lane)  lane 0's value, or that of any lane
 //   Warp::max_over<N>(v)         the largest among N neighbouring lanes (N divides kWarpSize)
-//   Warp::equals(key)            how many lanes hold the same key, and how many of them are lower
 //   Warp::count(v)               on how many lanes v is true, and on how many lower ones
 //   Warp::all(v)                 whether v is true on all lanes
 //   EP_SHARED(Type, name)        one plain struct that the threads of a block share; once a kernel
@@ -17,9 +16,11 @@
 //                                what launches before did is ordered
 //   push(at, here, signal, v)    stores a lane's piece of a line (wire/layout.h); `here`: the lane
 //                                has one, `signal`: it is the Signal's
-//   pull(at, here, signal, ...)  loads the lane's piece; true for the whole warp once the Signals
-//                                of all its lines are of the epoch
+//   pull(at, here, signal, ...)  loads several pieces of a lane, all on their way together; true for
+//                                the whole warp once the Signals of all their lines are of the epoch
 //   observe<G>(word)             the word's value, and after it all that was published with it
+//   after_launches_before()      what the launches before on the stream did is there from here on; each
+//                                kernel's first word
 //   now_ns, pause(attempt)       for waits that end; a pause grows with the attempts before it
 //   Pack<n>, kPack               n floats that one lane handles at once, and how many are best;
 //                                rows are multiples of kPackMin
@@ -36,7 +37,10 @@
 //   kSharedExpertCountMax        experts whose counts fit the memory that a block shares
 //   kChoicesCountedByAllMax      choices that each block counts by itself
 //   kLineTokenCountMax           tokens of a buffer whose messages may go by line; 0: none
+//   kLineChoiceCountMax          choices of all tokens of such a buffer
+//   kBlocksOfProcessor           blocks that run beside each other on a multiprocessor
 //   sender_block_count_max, receiver_block_count_max  host side: blocks of a launch for each role
+//   chunk_count_max              host side: into how many chunks tokens are split for counting
 //   launch, launch_all           host side: so many blocks; blocks that fill the device, for so
 //                                many items
 //   launch_error                 host side: 0, or the error of the launches before

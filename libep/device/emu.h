@@ -58,9 +58,11 @@ constexpr bool kCastsFp8 = false;
 constexpr int kSharedExpertCountMax = 8;
 constexpr int kChoicesCountedByAllMax = 6;
 constexpr int kLineTokenCountMax = kWarpSize < 8 ? 0 : 16;  // a line takes 8 lanes
+constexpr int kLineChoiceCountMax = 64;
+constexpr int kBlocksOfProcessor = 2;
 
-struct Equals {
-    int total;  // lanes with this key
+struct Votes {
+    int total;  // lanes where it is true
     int lower;  // of them, those before this lane
 };
 
@@ -119,22 +121,10 @@ struct Warp {
         sync();
         return value;
     }
-    static Equals equals(int key) {
-        exchange(key);
-        Equals found{0, 0};
-        for (int lane = 0; lane < kWarpSize; ++lane) {
-            int other;
-            __builtin_memcpy(&other, &place.warp->cells[lane], sizeof other);
-            found.total += other == key;
-            found.lower += other == key && lane < rank();
-        }
-        sync();
-        return found;
-    }
 
-    static Equals count(bool value) {
+    static Votes count(bool value) {
         exchange(uint64_t{value});
-        Equals found{0, 0};
+        Votes found{0, 0};
         for (int lane = 0; lane < kWarpSize; ++lane) {
             found.total += place.warp->cells[lane] != 0;
             found.lower += place.warp->cells[lane] != 0 && lane < rank();
@@ -191,13 +181,22 @@ inline void push(char *at, bool here, bool signal, Vector piece) {
     __builtin_memcpy(at + sizeof(uint64_t), &piece.words[1], sizeof(uint64_t));
     publish(reinterpret_cast<uint64_t *>(at), piece.words[0]);
 }
-inline bool pull(const char *at, bool here, bool signal, uint64_t epoch, Vector *piece) {
-    if (here && signal) piece->words[0] = look(reinterpret_cast<const uint64_t *>(at));
-    if (!Warp::all(!here || !signal || Signal::is_of(piece->words[0], epoch))) return false;
-    if (here && signal)
-        __builtin_memcpy(&piece->words[1], at + sizeof(uint64_t), sizeof(uint64_t));
-    else if (here)
-        __builtin_memcpy(piece, at, sizeof *piece);
+template <int kCount>
+bool pull(const char *const (&at)[kCount], const bool (&here)[kCount], bool signal, uint64_t epoch,
+          Vector *pieces) {
+    bool whole = true;
+    for (int i = 0; i < kCount; ++i) {
+        if (!here[i] || !signal) continue;
+        pieces[i].words[0] = look(reinterpret_cast<const uint64_t *>(at[i]));
+        whole = whole && Signal::is_of(pieces[i].words[0], epoch);
+    }
+    if (!Warp::all(whole)) return false;
+    for (int i = 0; i < kCount; ++i) {
+        if (here[i] && signal)
+            __builtin_memcpy(&pieces[i].words[1], at[i] + sizeof(uint64_t), sizeof(uint64_t));
+        else if (here[i])
+            __builtin_memcpy(&pieces[i], at[i], sizeof pieces[i]);
+    }
     return true;
 }
 
@@ -226,6 +225,9 @@ inline int sender_block_count_max(const Queue &) {
 }
 inline int receiver_block_count_max(const Queue &) {
     return 1;
+}
+inline int chunk_count_max(const Queue &queue) {
+    return sender_block_count_max(queue);
 }
 template <class Args>
 void launch(void (*kernel)(Args), const Args &args, const Queue &, int block_count) {

@@ -93,10 +93,9 @@ EP_DEVICE float max_magnitude(const Pack<kCount> (&packs)[kPacks]) {
 }
 
 template <class Group, int kLoadsInFlight, class To>
-EP_DEVICE void fan_out(int count, To to, const char *from, size_t begin, size_t end, Caching) {
-    const int vectors = static_cast<int>(end / sizeof(Vector));
-    for (int first = static_cast<int>(begin / sizeof(Vector)) + Group::rank(); first < vectors;
-         first += kLoadsInFlight * Group::size()) {
+EP_DEVICE void fan_out(int count, To to, const char *from, size_t bytes, Caching) {
+    const int vectors = static_cast<int>(bytes / sizeof(Vector));
+    for (int first = Group::rank(); first < vectors; first += kLoadsInFlight * Group::size()) {
         Vector loaded[kLoadsInFlight] = {};
         EP_UNROLL
         for (int i = 0; i < kLoadsInFlight; ++i) {

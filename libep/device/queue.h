@@ -32,6 +32,10 @@ struct Queue {
     int block_count = 1;         // multiprocessors of the GPU that a launch may fill
     Workers *workers = nullptr;  // of the CPU
 
+    // A launch may begin to occupy multiprocessors before the one before it has ended. Not where
+    // that one waits for another rank's launch, which needs them.
+    bool starts_early = false;
+
     // Load the kernels onto the device instead of launching them. What is loaded at its first
     // launch may wait for kernels that wait for this one.
     bool load_only = false;

@@ -104,13 +104,6 @@ EP_DEVICE Pack<kCount> load_channels(const char *row, int first) {
     using Type = TypeOf<kType>;
     return widen<Type, kCount>(fetch<Type, kCount>(row + first * sizeof(typename Type::Storage)));
 }
-// The same of a row that nobody writes during the launch, and of which this is the only use.
-template <Element kType, int kCount>
-EP_DEVICE Pack<kCount> load_row_channels(const char *row, int first) {
-    using Type = TypeOf<kType>;
-    return widen<Type, kCount>(
-        fetch_row<Type, kCount>(row + first * sizeof(typename Type::Storage)));
-}
 template <Element kType, int kCount>
 EP_DEVICE void store_channels(char *row, int first, const Pack<kCount> &values) {
     using Type = TypeOf<kType>;
@@ -163,16 +156,33 @@ struct Cast {
 
 constexpr int kGroupsInFlight = kWarpSize == 1 ? 1 : 4;  // of a lane
 
+// 16 * kPieces channels of a row as they are in memory; zeros outside the row. Fetched apart from
+// their use, so that a lane has many on their way.
+template <Element kType, int kPieces>
+struct Channels {
+    static constexpr int kPacks = kPieces * static_cast<int>(sizeof(Vector)) / kPack;
+    decltype(fetch_row<TypeOf<kType>, kPack>(nullptr)) packs[kPacks];
+
+    EP_DEVICE static Channels of(const char *row, int channel, bool inside) {
+        using Type = TypeOf<kType>;
+        Channels channels = {};
+        EP_UNROLL
+        for (int i = 0; inside && i < kPacks; ++i)
+            channels.packs[i] = fetch_row<Type, kPack>(
+                row + (channel + i * kPack) * sizeof(typename Type::Storage));
+        return channels;
+    }
+};
+
 // Casts channels with the scale that they share with the kLanesOfGroup lanes beside this one. All
-// lanes of the warp come here; those outside the row with nothing.
-template <Element kType, int kLanesOfGroup, int kPieces>
-EP_DEVICE Cast<kPieces> cast_channels(const char *row, int channel, bool inside,
-                                      bool power_of_two) {
-    constexpr int kPacks = kPieces * static_cast<int>(sizeof(Vector)) / kPack;
-    Pack<kPack> values[kPacks] = {};
+// lanes of the warp come here.
+template <int kLanesOfGroup, Element kType, int kPieces>
+EP_DEVICE Cast<kPieces> cast_channels(const Channels<kType, kPieces> &channels, bool power_of_two) {
+    constexpr int kPacks = Channels<kType, kPieces>::kPacks;
+    Pack<kPack> values[kPacks];
     EP_UNROLL
-    for (int i = 0; inside && i < kPacks; ++i)
-        values[i] = load_row_channels<kType, kPack>(row, channel + i * kPack);
+    for (int i = 0; i < kPacks; ++i)
+        values[i] = widen<TypeOf<kType>, kPack>(channels.packs[i]);
     const float amax = Warp::max_over<kLanesOfGroup>(max_magnitude(values));
     const Fp8Scale by = Fp8Scale::of(amax, power_of_two);
     alignas(16) char bytes[kPacks * kPack];
@@ -185,30 +195,28 @@ EP_DEVICE Cast<kPieces> cast_channels(const char *row, int channel, bool inside,
     return cast;
 }
 
-// Channels [begin, end) of a row.
-struct Slice {
-    int begin, end;
-};
-
-// Casts channels of one row to float8_e4m3fn with a scale per kScaleGroup channels, into each of
+// Casts one row to float8_e4m3fn with a scale per kScaleGroup channels, into each of
 // the targets to(0) .. to(count - 1). A group belongs to as many lanes as have 16 channels of it
 // each, or to the whole of a narrower warp.
 template <Element kType, class To>
-EP_DEVICE void cast_fan_out(int count, To to, const char *from, Slice slice, bool power_of_two) {
+EP_DEVICE void cast_fan_out(int count, To to, const char *from, int hidden, bool power_of_two) {
     constexpr int kLaneChannels = kScaleGroup / kWarpSize > 16 ? kScaleGroup / kWarpSize : 16;
     constexpr int kLanes = kScaleGroup / kLaneChannels;
     constexpr int kPieces = kLaneChannels / 16;
     const int lane = Warp::rank() % kLanes, groups_at_once = Warp::size() / kLanes;
-    const int group_end = slice.end / kScaleGroup;
-    for (int first = slice.begin / kScaleGroup; first < group_end;
-         first += kGroupsInFlight * groups_at_once) {
-        Cast<kPieces> casts[kGroupsInFlight];
+    const int group_end = hidden / kScaleGroup;
+    for (int first = 0; first < group_end; first += kGroupsInFlight * groups_at_once) {
+        Channels<kType, kPieces> channels[kGroupsInFlight];
         EP_UNROLL
         for (int i = 0; i < kGroupsInFlight; ++i) {
             const int group = first + i * groups_at_once + Warp::rank() / kLanes;
-            casts[i] = cast_channels<kType, kLanes, kPieces>(
-                from, group * kScaleGroup + lane * kLaneChannels, group < group_end, power_of_two);
+            channels[i] = Channels<kType, kPieces>::of(
+                from, group * kScaleGroup + lane * kLaneChannels, group < group_end);
         }
+        Cast<kPieces> casts[kGroupsInFlight];
+        EP_UNROLL
+        for (int i = 0; i < kGroupsInFlight; ++i)
+            casts[i] = cast_channels<kLanes>(channels[i], power_of_two);
         for (int target = 0; target < count; ++target) {
             const Target at = to(target);
             if (at.row == nullptr) continue;

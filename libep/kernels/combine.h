@@ -12,19 +12,17 @@
 
 #include "device/device.h"
 #include "kernels/cast.h"
+#include "kernels/combine_lines.h"
 #include "kernels/kernels.h"
-#include "kernels/lines.h"
 #include "kernels/routing.h"
+#include "kernels/terms.h"
 
 namespace ep::EP_DEVICE_NAMESPACE {
-
-EP_DEVICE uint64_t combine_epoch_of(const Round &r) {
-    return epoch_of(r, r.state->combine_tickets, r.routing.state->combine_epoch);
-}
 
 // Before the launch that sends. One warp per own token: a weight for each entry of each of its
 // messages.
 EP_KERNEL combine_weights(const CombineArgs a) {
+    after_launches_before();
     const Round &r = a.round;
     const Layout &layout = r.layout;
     const uint64_t epoch = combine_epoch_of(r);
@@ -41,63 +39,6 @@ EP_KERNEL combine_weights(const CombineArgs a) {
             });
             before_publish<Warp>();
             if (Warp::rank() == 0) publish(Layout::flag(weight), Signal::pack(epoch, 0));
-        }
-    }
-}
-
-// Rows to be weighed and summed; nullptr: a row that broke a limit. The lanes of a warp share
-// them.
-struct Terms {
-    const char *row[kTopkMax];
-    float weight[kTopkMax];
-    int count;
-};
-
-// The rows of a token's local experts, with their weights. One warp.
-template <Element kType>
-EP_DEVICE void put_terms(const CombineArgs &a, size_t slot, const float *weights, Terms *terms) {
-    const Round &r = a.round;
-    const int32_t *rows = r.routing.rows + slot * r.layout.shape.topk_max;
-    const int count = r.routing.row_counts[slot];
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kType);
-    for (int i = Warp::rank(); i < r.layout.shape.topk_max; i += Warp::size()) {
-        const int32_t row = rows[i];  // not only of those below count, which need not wait for it
-        const float weight = weights != nullptr ? weights[i] : 0;
-        if (i >= count) break;
-        terms->row[i] = row < 0 ? nullptr : a.x + row * row_bytes;
-        if (weights != nullptr) terms->weight[i] = weight;
-    }
-    if (Warp::rank() == 0) terms->count = count;
-}
-
-// The terms' sums over kPacks packs of channels; channel(i) is where pack i begins, negative for
-// none. Several rows are loaded before the first is added.
-template <Element kType, class Floats, int kPacks, class Channel>
-EP_DEVICE void sum_terms(const Terms &terms, Channel channel, Floats (&sums)[kPacks]) {
-    using Type = TypeOf<kType>;
-    constexpr int kCount = sizeof(Floats) / sizeof(float);
-    // What waits for its sums in a part of four packs leaves room for eight loads.
-    constexpr int kLoads = kPacks == 4 && kTermLoads > 8 ? 8 : kTermLoads;
-    constexpr int kTermsAtOnce = kLoads < kPacks ? 1 : kLoads / kPacks;
-    for (int first = 0; first < terms.count; first += kTermsAtOnce) {
-        // As they are in memory, which takes fewer registers.
-        decltype(fetch_row<Type, kCount>(nullptr)) values[kTermsAtOnce][kPacks] = {};
-        EP_UNROLL
-        for (int i = 0; i < kTermsAtOnce; ++i) {
-            const char *row = first + i < terms.count ? terms.row[first + i] : nullptr;
-            EP_UNROLL
-            for (int pack = 0; pack < kPacks; ++pack)
-                if (row != nullptr && channel(pack) >= 0)
-                    values[i][pack] = fetch_row<Type, kCount>(
-                        row + channel(pack) * sizeof(typename Type::Storage));
-        }
-        EP_UNROLL
-        for (int i = 0; i < kTermsAtOnce; ++i) {
-            if (first + i >= terms.count || terms.row[first + i] == nullptr) continue;
-            EP_UNROLL
-            for (int pack = 0; pack < kPacks; ++pack)
-                add(&sums[pack],
-                    scaled(terms.weight[first + i], widen<Type, kCount>(values[i][pack])));
         }
     }
 }
@@ -150,21 +91,6 @@ struct CombineShared {
 
 // ---- Sending ------------------------------------------------------------------------------------
 
-// A token that dispatch received, whose rows a warp sums.
-struct Outgoing {
-    uint64_t epoch;
-    int source, token;
-};
-
-// The weights that the owner of a token has given to this combine; nullptr if it failed. One warp.
-EP_DEVICE const float *await_weights(const Wait &wait, const Outgoing &out) {
-    const Round &r = wait.round;
-    char *weight = r.layout.weight(r.window(r.rank), out.epoch, r.rank, out.source, out.token);
-    uint64_t signal;
-    if (!wait.until<Warp>(Layout::flag(weight), out.epoch, out.source, &signal)) return nullptr;
-    return Layout::weight_values(weight);
-}
-
 // The token's terms; false if nothing is to be sent. One warp.
 template <Element kType>
 EP_DEVICE bool find_terms(const CombineArgs &a, const Wait &wait, const Outgoing &out,
@@ -193,84 +119,25 @@ EP_DEVICE void send_partial(const CombineArgs &a, const Outgoing &out, const Ter
     if (Warp::rank() == 0) publish(Layout::flag(partial), Signal::pack(out.epoch, 0));
 }
 
-// How many channels a piece of a partial row holds.
-template <Element kPartial>
-constexpr int kPieceChannels = static_cast<int>(Layout::kPieceBytes) / element_bytes(kPartial);
-
-// The terms' sums over this lane's pieces.
-template <Element kType, Element kPartial, int kLines>
-EP_DEVICE void sum_part(const Part<kLines> &part, const Terms &terms, size_t row_bytes,
-                        Pack<kPieceChannels<kPartial>> (&sums)[Part<kLines>::kSteps]) {
-    constexpr int kChannels = kPieceChannels<kPartial>;
-    EP_UNROLL
-    for (int step = 0; step < Part<kLines>::kSteps; ++step)
-        sums[step] = {};
-    sum_terms<kType>(
-        terms,
-        [&](int step) {
-            return part.has_piece(step, row_bytes) ? part.piece(step) * kChannels : -1;
-        },
-        sums);
-}
-
-template <Element kType, Element kPartial, int kLines>
-EP_DEVICE void push_partial(const CombineArgs &a, const Outgoing &out, const Part<kLines> &part,
-                            const Terms &terms) {
-    const Round &r = a.round;
-    constexpr int kChannels = kPieceChannels<kPartial>;
-    Pack<kChannels> sums[Part<kLines>::kSteps];
-    sum_part<kType, kPartial>(part, terms, size_t(r.hidden) * element_bytes(kPartial), sums);
-    Pieces<kLines> pieces;
-    EP_UNROLL
-    for (int step = 0; step < Part<kLines>::kSteps; ++step) {
-        alignas(16) char bytes[sizeof(Vector)];
-        store_channels<kPartial, kChannels>(bytes, 0, sums[step]);
-        __builtin_memcpy(&pieces.step[step], bytes, sizeof bytes);
-    }
-    push_part(part,
-              r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token),
-              pieces, Signal::pack(out.epoch, 0));
-}
-
-// A warp per token that dispatch received, or by line per part of one.
-template <int kLines, Element kType, Element kPartial>
+// A warp per token that dispatch received.
+template <Element kType, Element kPartial>
 EP_DEVICE void send_partials(const CombineArgs &a, uint64_t epoch, const Role &role, Terms *terms) {
     const Round &r = a.round;
     const Wait wait(r);
     const int ranks = r.layout.shape.rank_count, warps = Warp::count_in_block();
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
-    const int parts = part_count_of<kLines>(row_bytes);
     for (int step = 1; step < ranks; ++step) {
         const int source = (r.rank + step) % ranks;
-        const int items = Signal::value(r.routing.token_counts[source]) * parts;
-        for (int i = role.sender * warps + Warp::index_in_block(); i < items;
-             i += role.sender_count * warps) {
-            const Outgoing out{epoch, source, i / parts};
-            if (!find_terms<kType>(a, wait, out, terms)) continue;
-            if constexpr (kLines > 0)
-                push_partial<kType, kPartial>(a, out, Part<kLines>(i % parts, row_bytes), *terms);
-            else
+        const int tokens = Signal::value(r.routing.token_counts[source]);
+        for (int token = role.sender * warps + Warp::index_in_block(); token < tokens;
+             token += role.sender_count * warps) {
+            const Outgoing out{epoch, source, token};
+            if (find_terms<kType>(a, wait, out, terms))
                 send_partial<kType, kPartial>(a, out, *terms);
         }
     }
 }
 
 // ---- Receiving ----------------------------------------------------------------------------------
-
-// The weighted rows of an own token's local experts. One warp.
-template <Element kType>
-EP_DEVICE void put_own_terms(const CombineArgs &a, int token, Terms *terms) {
-    const Round &r = a.round;
-    const size_t slot = size_t(r.rank) * r.layout.shape.token_count_max + token;
-    const bool given = a.topk_weights != nullptr;
-    put_terms<kType>(a, slot, given ? nullptr : r.routing.weights + slot * r.layout.shape.topk_max,
-                     terms);
-    if (!given) return;
-    Warp::sync();
-    const ExpertRange range = ExpertRange::of(r.layout, r.rank);
-    each_entry(r.routing.choices + token * r.topk, a.topk_weights + token * r.topk, r.topk, range,
-               [&](int32_t, int, int index, float weight) { terms->weight[index] = weight; });
-}
 
 // Waits for the rows of a token's ranks. One warp.
 EP_DEVICE void await_parts(const CombineArgs &a, const Wait &wait, uint64_t epoch, int token,
@@ -330,93 +197,22 @@ EP_DEVICE void receive_token(const CombineArgs &a, const Wait &wait, uint64_t ep
     Warp::sync();  // before the next token's parts take the place of this one's
 }
 
-// Waits for a part of a peer's row by line. False if the peer has failed. One warp.
-template <int kLines>
-EP_DEVICE bool await_line_part(const Wait &wait, uint64_t epoch, int peer, const Part<kLines> &part,
-                               char *lines, PartArrival<kLines> *arrival) {
-    for (uint32_t attempt = 0;; ++attempt) {
-        const bool whole = arrival->pull_rest(part, lines, epoch);
-        if (!Warp::broadcast(int{is_active(wait.round, peer)})) return false;
-        if (whole) return true;
-        wait.lapse<Warp>(peer, attempt);
-    }
-}
-
-// One part of an own token by line. One warp.
-template <Element kType, Element kPartial, int kLines>
-EP_DEVICE void receive_token_part(const CombineArgs &a, const Wait &wait, uint64_t epoch, int token,
-                                  const Part<kLines> &part, Terms *terms) {
-    const Round &r = a.round;
-    const Layout &layout = r.layout;
-    constexpr int kChannels = kPieceChannels<kPartial>;
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
-    put_own_terms<kType>(a, token, terms);
-    Warp::sync();
-    Pack<kChannels> own[Part<kLines>::kSteps], sums[Part<kLines>::kSteps] = {};
-    sum_part<kType, kPartial>(part, *terms, row_bytes, own);
-    const int32_t *choices = r.routing.choices + token * r.topk;
-    for (int peer = next_owner(layout, choices, r.topk, -1); peer < layout.shape.rank_count;
-         peer = next_owner(layout, choices, r.topk, peer)) {
-        PartArrival<kLines> arrival;
-        char *lines = layout.partial(r.window(r.rank), epoch, r.rank, peer, token);
-        if (peer != r.rank && !await_line_part(wait, epoch, peer, part, lines, &arrival)) continue;
-        EP_UNROLL
-        for (int step = 0; step < Part<kLines>::kSteps; ++step) {
-            alignas(16) char bytes[sizeof(Vector)];
-            __builtin_memcpy(bytes, &arrival.pieces.step[step], sizeof bytes);
-            add(&sums[step],
-                peer == r.rank ? own[step] : load_channels<kPartial, kChannels>(bytes, 0));
-        }
-    }
-    EP_UNROLL
-    for (int step = 0; step < Part<kLines>::kSteps; ++step)
-        if (part.has_piece(step, row_bytes))
-            store_channels<kType, kChannels>(a.out + token * a.out_stride,
-                                             part.piece(step) * kChannels, sums[step]);
-    Warp::sync();  // before the next token's terms take the place of this one's
-}
-
-// A warp per own token, or by line per part of one.
-template <int kLines, Element kType, Element kPartial>
+// A warp per own token.
+template <Element kType, Element kPartial>
 EP_DEVICE void receive_tokens(const CombineArgs &a, uint64_t epoch, const Role &role,
-                              Parts *warp_parts) {
-    const Round &r = a.round;
-    const Wait wait(r);
+                              Parts *parts) {
+    const Wait wait(a.round);
     const int warps = Warp::count_in_block();
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
-    const int parts = part_count_of<kLines>(row_bytes);
-    for (int i = role.receiver * warps + Warp::index_in_block(); i < r.token_count * parts;
-         i += role.receiver_count * warps) {
-        if constexpr (kLines > 0)
-            receive_token_part<kType, kPartial>(
-                a, wait, epoch, i / parts, Part<kLines>(i % parts, row_bytes), &warp_parts->own);
-        else
-            receive_token<kType, kPartial>(a, wait, epoch, i, warp_parts);
-    }
+    for (int token = role.receiver * warps + Warp::index_in_block(); token < a.round.token_count;
+         token += role.receiver_count * warps)
+        receive_token<kType, kPartial>(a, wait, epoch, token, parts);
 }
 
 // ---- Roles --------------------------------------------------------------------------------------
 
-EP_DEVICE void tell_peers(const Round &r, uint64_t epoch) {
-    if (Block::rank() == 0) r.routing.state->combine_epoch = epoch;
-    for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size())
-        if (peer != r.rank && is_active(r, peer))
-            post(r.layout.arrival(r.window(peer), epoch, r.rank), Signal::pack(epoch, 0));
-}
-
-// Until every peer has begun the round.
-EP_DEVICE void await_arrivals(const Round &r, uint64_t epoch) {
-    const Wait wait(r);
-    for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
-        uint64_t signal;
-        if (peer != r.rank)
-            wait.until_posted(r.layout.arrival(r.window(r.rank), epoch, peer), epoch, peer,
-                              &signal);
-    }
-}
-
-template <int kLines, Element kType, Element kPartial>
+template <Element kType, Element kPartial>
 EP_KERNEL combine_kernel(const CombineArgs a) {
+    after_launches_before();
     EP_SHARED(CombineShared, shared);
     const Round &r = a.round;
     const Role role = Role::of(r);
@@ -424,40 +220,28 @@ EP_KERNEL combine_kernel(const CombineArgs a) {
     Parts *parts = &shared.parts[Warp::index_in_block()];
     if (role.counts && r.sends()) tell_peers(r, epoch);
     if (role.sender >= 0 && r.sends())
-        send_partials<kLines, kType, kPartial>(a, epoch, role, &parts->own);
+        send_partials<kType, kPartial>(a, epoch, role, &parts->own);
     if (role.receiver >= 0 && r.receives())
-        receive_tokens<kLines, kType, kPartial>(a, epoch, role, parts);
+        receive_tokens<kType, kPartial>(a, epoch, role, parts);
     if (role.counts && r.receives()) await_arrivals(r, epoch);
     if (r.sends()) hand_in(&r.state->combine_tickets);
 }
 
 // ---- Launching ----------------------------------------------------------------------------------
 
-template <int kLines, Element kType, Element kPartial>
+template <Element kType, Element kPartial>
 int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
     Round &r = args.round;
     const Shape &shape = r.layout.shape;
-    const int parts = part_count_of<kLines>(size_t(r.hidden) * element_bytes(kPartial));
-    set_roles(&r, queue, (shape.rank_count - 1) * shape.token_count_max * parts,
-              r.token_count * parts);
     r.phases = Phases::kSend;
     if (has_phase(phases, Phases::kSend) && args.topk_weights != nullptr)
         launch_all(combine_weights, args, queue, r.token_count);
-    launch_phases(combine_kernel<kLines, kType, kPartial>, args, phases, queue);
-    return launch_error();
-}
-
-template <Element kType, Element kPartial>
-int launch_combine(const CombineArgs &args, Phases phases, const Queue &queue) {
     if constexpr (kLineTokenCountMax > 0)
-        if (args.round.layout.shape.carriage == Carriage::kLine) {
-            const size_t row_bytes = size_t(args.round.hidden) * element_bytes(kPartial);
-            if (args.round.token_count * part_count_of<kPartLinesMin>(row_bytes) <=
-                warp_count_max(queue))
-                return launch_combine<kPartLinesMin, kType, kPartial>(args, phases, queue);
-            return launch_combine<kPartLinesMax, kType, kPartial>(args, phases, queue);
-        }
-    return launch_combine<0, kType, kPartial>(args, phases, queue);
+        if (shape.carriage == Carriage::kLine)
+            return launch_combine_by_line<kType, kPartial>(args, phases, queue);
+    set_roles(&r, queue, (shape.rank_count - 1) * shape.token_count_max, r.token_count);
+    launch_phases(combine_kernel<kType, kPartial>, args, phases, queue);
+    return launch_error();
 }
 
 inline int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {

@@ -1,9 +1,9 @@
 // Counting for dispatch: which experts this rank's tokens chose, the number of each choice among
 // this rank's tokens for its expert, and, from all ranks' counts, where each source's rows begin.
 //
-// Each sender takes a chunk: neighbours among the tokens. The numbers of its choices follow from
-// how many choices there are of each expert before the chunk. With few choices in all, each block
-// counts them itself; with many, a launch before counts each chunk once.
+// The numbers of a chunk's choices (a chunk: neighbours among the tokens) follow from how many choices
+// there are of each expert before it. With few choices in all, the block of a chunk counts those
+// itself; with many, a launch before counts each chunk once.
 #pragma once
 
 #include "device/device.h"
@@ -23,7 +23,7 @@ struct Chunk {
 };
 
 EP_HOST_DEVICE inline bool counts_ahead(const Round &r) {
-    return r.sender_block_count > 1 && r.token_count * r.topk > kChoicesCountedByAllMax;
+    return r.chunk_count > 1 && r.token_count * r.topk > kChoicesCountedByAllMax;
 }
 
 EP_DEVICE int64_t topk_idx_at(const DispatchArgs &a, int i) {
@@ -40,6 +40,19 @@ EP_DEVICE bool is_repeat(const DispatchArgs &a, int64_t expert, int i) {
     for (int before = i - i % a.round.topk; before < i; ++before)
         repeats |= topk_idx_at(a, before) == expert;
     return repeats;
+}
+
+// The same where each lane has a choice, of whole tokens: does a lower lane of this lane's token have
+// it too?
+EP_DEVICE bool repeats_in_warp(int expert, int topk) {
+    const int place = Warp::rank() % topk;
+    bool repeats = false;
+    for (int back = 1; back < topk; ++back) {
+        const int lane = Warp::rank() < back ? 0 : Warp::rank() - back;
+        const int other = Warp::from(expert, lane);
+        repeats = repeats || (place >= back && other == expert);
+    }
+    return repeats && expert >= 0;
 }
 
 constexpr int kChoicesAtOnce =
@@ -80,12 +93,8 @@ EP_DEVICE void each_choice(const DispatchArgs &a, int begin, int end, Take take)
         for (int j = 0; j < kChoicesAtOnce; ++j) {
             if (first + j * lanes.stride >= last) break;
             const int i = first + Warp::rank() + j * lanes.stride, expert = experts[j];
-            const bool repeats =
-                topk <= Warp::size()
-                    ? Warp::equals(expert < 0 ? -1 - Warp::rank()
-                                              : expert * kWarpSize + Warp::rank() / topk)
-                              .lower > 0
-                    : expert >= 0 && is_repeat(a, expert, i);
+            const bool repeats = topk <= Warp::size() ? repeats_in_warp(expert, topk)
+                                                      : expert >= 0 && is_repeat(a, expert, i);
             if (lanes.works() && i < last)
                 take(i,
                      expert < 0 ? Routing::kNoChoice
@@ -111,12 +120,13 @@ EP_DEVICE void keep_choices(const DispatchArgs &a, Chunk chunk) {
     });
 }
 
-// The launch before, when counts_ahead(): a block per chunk.
+// The first launch, when counts_ahead(): a block per chunk.
 EP_KERNEL dispatch_tally(const DispatchArgs a) {
+    after_launches_before();
     const Round &r = a.round;
     const int experts = r.layout.shape.expert_count;
-    for (int i = grid_index<Block>(); i < r.sender_block_count; i += grid_count<Block>()) {
-        const Chunk chunk = Chunk::of(i, r.sender_block_count, r.token_count);
+    for (int i = grid_index<Block>(); i < r.chunk_count; i += grid_count<Block>()) {
+        const Chunk chunk = Chunk::of(i, r.chunk_count, r.token_count);
         int32_t *tally = a.tally + size_t(i) * experts;
         for (int e = Block::rank(); e < experts; e += Block::size())
             tally[e] = 0;
@@ -156,10 +166,11 @@ EP_DEVICE int32_t *sums_of(const DispatchArgs &a, int row, int32_t *shared) {
     const int experts = a.round.layout.shape.expert_count;
     return experts <= kSharedExpertCountMax
                ? shared
-               : a.tally + size_t(a.round.sender_block_count + row) * experts;
+               : a.tally + size_t(a.round.chunk_count + row) * experts;
 }
 
-// How many choices of each expert the tokens before `chunk_count` chunks made. The whole block.
+// How many choices of each expert the tokens before a chunk made; of all tokens for the chunk after
+// the last. The whole block.
 EP_DEVICE void count_before(const DispatchArgs &a, int chunk, int32_t *sums) {
     const Round &r = a.round;
     for (int e = Block::rank(); e < r.layout.shape.expert_count; e += Block::size())
@@ -168,36 +179,41 @@ EP_DEVICE void count_before(const DispatchArgs &a, int chunk, int32_t *sums) {
     if (counts_ahead(r))
         add_tallies(a, chunk, sums);
     else
-        tally_choices(a, Chunk::of(chunk, r.sender_block_count, r.token_count).begin, sums);
+        tally_choices(a, Chunk::of(chunk, r.chunk_count, r.token_count).begin, sums);
     Block::sync();
 }
 
-// Gives a warp's choices, one a lane, their numbers, in the order of the lanes.
-EP_DEVICE void number_choices(const Round &r, int32_t choice, int i, int32_t *next) {
-    const Equals same = Warp::equals(choice);
-    const int32_t number = choice >= 0 ? next[choice] : 0;
-    if (choice >= 0) r.routing.positions[i] = number + same.lower;
-    Warp::sync();
-    if (choice >= 0 && same.lower == 0) next[choice] = number + same.total;
-    Warp::sync();
+// Numbers the choices of `count` tokens, one after the other: those of one are of different experts.
+// `next` are the numbers that come next. Calls take(i, number) for the choices. One warp.
+template <class Choice, class Take>
+EP_DEVICE void number_choices(const Choice *choices, int count, int topk, int32_t *next,
+                              Take take) {
+    for (int token = 0; token < count; ++token) {
+        for (int k = Warp::rank(); k < topk; k += Warp::size()) {
+            const int i = token * topk + k;
+            if (choices[i] < 0) continue;
+            const int32_t number = next[choices[i]];
+            next[choices[i]] = number + 1;
+            take(i, number);
+        }
+        Warp::sync();
+    }
 }
 
 // Keeps and numbers the choices of one chunk. The whole block.
 EP_DEVICE void number_chunk(const DispatchArgs &a, int index, int32_t *next) {
     const Round &r = a.round;
-    const Chunk chunk = Chunk::of(index, r.sender_block_count, r.token_count);
+    const Chunk chunk = Chunk::of(index, r.chunk_count, r.token_count);
     if (!counts_ahead(r)) keep_choices(a, chunk);
     count_before(a, index, next);
-    const int end = chunk.end * r.topk;
+    const int first = chunk.begin * r.topk;
     if (Warp::index_in_block() == 0)
-        for (int first = chunk.begin * r.topk; first < end; first += Warp::size()) {
-            const int i = first + Warp::rank();
-            number_choices(r, i < end ? r.routing.choices[i] : Routing::kNoChoice, i, next);
-        }
+        number_choices(r.routing.choices + first, chunk.end - chunk.begin, r.topk, next,
+                       [&](int i, int32_t number) { r.routing.positions[first + i] = number; });
     Block::sync();
 }
 
-// Tells every rank how many tokens this one has, and how many for each of its experts. The counter.
+// Tells every rank how many tokens this one has, and how many for each of its experts. A block.
 EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *sums) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
@@ -206,22 +222,47 @@ EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *su
         if (is_active(r, peer))
             post(layout.token_count(r.window(peer), epoch, r.rank),
                  Signal::pack(epoch, r.token_count));
-    count_before(a, r.sender_block_count, sums);
+    count_before(a, r.chunk_count, sums);
     for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size())
         if (is_active(r, e / per_rank))
             post(layout.count(r.window(e / per_rank), epoch, r.rank, e % per_rank),
                  Signal::pack(epoch, sums[e]));
+    Block::sync();  // before the next chunk's sums take the place of these
 }
 
-// Waits for a count from `source`. A limit it breaks masks the source.
+// What the threads of a block that counts share.
+struct CountShared {
+    int32_t sums[kSharedExpertCountMax];  // of each expert
+};
+
+EP_DEVICE uint64_t dispatch_epoch_of(const Round &r) {
+    return epoch_of(r, r.state->dispatch_tickets, r.routing.state->dispatch_epoch);
+}
+
+// The launch before the one that sends: publishes the counts, and numbers all choices, a block per
+// chunk.
+EP_KERNEL dispatch_number(const DispatchArgs a) {
+    after_launches_before();
+    EP_SHARED(CountShared, shared);
+    const Round &r = a.round;
+    for (int i = grid_index<Block>(); i <= r.chunk_count; i += grid_count<Block>()) {
+        int32_t *sums = sums_of(a, i, shared.sums);
+        if (i == 0)
+            publish_counts(a, dispatch_epoch_of(r), sums);
+        else
+            number_chunk(a, i - 1, sums);
+    }
+}
+
+// Waits for a count from `source`; -1 if it has failed. A limit it breaks masks the source.
 EP_DEVICE int await_count(const Wait &wait, const uint64_t *word, uint64_t epoch, int source) {
     const Round &r = wait.round;
     uint64_t signal;
-    if (!wait.until_posted(word, epoch, source, &signal)) return 0;
+    if (!wait.until_posted(word, epoch, source, &signal)) return -1;
     if (Signal::value(signal) <= r.layout.shape.token_count_max) return Signal::value(signal);
     fetch_add(&r.state->invalid_messages, uint64_t{1});
     store(&r.active[source], 0);
-    return 0;
+    return -1;
 }
 
 // One thread per local expert: decides where each source's rows begin. `counts`: [source][expert].
@@ -257,7 +298,8 @@ EP_DEVICE void decide_layout(const DispatchArgs &a, uint64_t epoch, int32_t *cou
     for (int source = Block::rank(); source < ranks; source += Block::size()) {
         const int tokens =
             await_count(wait, layout.token_count(window, epoch, source), epoch, source);
-        post(&r.routing.token_counts[source], Signal::pack(0, tokens));  // not yet of this round
+        // Not yet of this round. Of a source that has failed, nothing will be read.
+        post(&r.routing.token_counts[source], Signal::pack(0, tokens < 0 ? 0 : tokens));
     }
     Block::sync();
     for (int source = Block::rank(); source < ranks; source += Block::size()) {

@@ -66,6 +66,8 @@ struct Round {
     // Of the launch, filled in by its launcher; see Role.
     Phases phases;
     int sender_block_count, receiver_block_count;
+    int chunk_count;  // of tokens: by flag, for counting; by line, of a source as receivers see it
+    int senders_of_chunk;  // by line: blocks beside each other that share one
 
     EP_HOST_DEVICE char *window(int of_rank) const {
         return of_rank < kWindowsAtHand ? first_windows[of_rank] : windows[of_rank];
@@ -86,7 +88,7 @@ enum class Quant : int32_t { kNone, kFp8, kFp8Pow2 };
 
 struct DispatchArgs {
     Round round;
-    int32_t *tally;  // scratch [tally_row_count(sender blocks)][E]
+    int32_t *tally;  // scratch [tally_row_count(chunks)][E]
     const void *topk_idx;
     int topk_idx_bytes;         // 4 or 8
     const float *topk_weights;  // nullptr: all 1
@@ -116,15 +118,16 @@ struct CombineArgs {
     size_t out_stride;  // bytes from token to token
 };
 
-// Rows of DispatchArgs::tally for launches of at most so many sender blocks: each block's counts,
-// then, for blocks whose shared memory is too small, each block's next numbers, the counter's last.
-constexpr int tally_row_count(int sender_block_count) {
-    return 2 * sender_block_count + 1;
+// Rows of DispatchArgs::tally for launches of at most so many chunks: each chunk's counts, then, for
+// blocks whose shared memory is too small, all counts, each chunk's next numbers, and what the counter
+// waits for.
+constexpr int tally_row_count(int chunk_count) {
+    return 2 * chunk_count + 2;
 }
 
 // Each returns 0 or the device runtime's error.
 struct Kernels {
-    int (*sender_block_count_max)(const Queue &queue);
+    int (*chunk_count_max)(const Queue &queue);
     int (*dispatch)(DispatchArgs args, Phases phases, const Queue &queue);
     int (*combine)(CombineArgs args, Phases phases, const Queue &queue);
     bool (*suits_lines)(const Shape &shape);  // may its messages go by line?

@@ -14,9 +14,10 @@ namespace ep::EP_DEVICE_NAMESPACE {
 constexpr int kLanesOfLine = 8;
 constexpr int kLinesAtOnce = kWarpSize < kLanesOfLine ? 1 : kWarpSize / kLanesOfLine;
 
-// How many lines a part has, kLines below: few while there are warps for more parts, each of which
-// then ends sooner. Where kLines may be 0, that is a message by flag.
-constexpr int kPartLinesMin = 8, kPartLinesMax = 16;
+// Lines of a part, which a warp moves at a time.
+constexpr int kPartLines = 8;
+
+constexpr int kLineRankCountMax = 64;
 
 // This lane's place among the lines that its warp moves at once.
 struct LineLane {
@@ -26,17 +27,18 @@ struct LineLane {
 };
 
 // Do messages of such a buffer go by line, where the link delivers lines? Small ones are fast so;
-// large ones would pay for the Signals in them. Each block counts by itself, and a warp moves a
-// head at once.
+// large ones would pay for the Signals in them. Each block counts by itself in the memory that it
+// shares, and a warp moves a head at once.
 inline bool suits_lines(const Shape &shape) {
     return shape.token_count_max <= kLineTokenCountMax &&
-           shape.token_count_max * shape.topk_max <= kChoicesCountedByAllMax &&
-           shape.topk_max <= kLinesAtOnce * Layout::kPiecesOfLine;
+           shape.token_count_max * shape.topk_max <= kLineChoiceCountMax &&
+           shape.topk_max <= kLinesAtOnce * Layout::kPiecesOfLine &&
+           shape.expert_count <= kSharedExpertCountMax && shape.rank_count <= kLineRankCountMax;
 }
 
 // One part of a row, in the lanes of a warp.
-template <int kLines>
 struct Part {
+    static constexpr int kLines = kPartLines;
     static constexpr int kSteps = kLines < kLinesAtOnce ? 1 : kLines / kLinesAtOnce;
     static constexpr int kPieces = kLines * Layout::kPiecesOfLine;
     static constexpr int kBytes = kPieces * static_cast<int>(Layout::kPieceBytes);
@@ -69,51 +71,55 @@ struct Part {
     }
 };
 
-// Into how many parts a row is split; 1 by flag.
-template <int kLines>
-EP_HOST_DEVICE inline int part_count_of(size_t row_bytes) {
-    if constexpr (kLines == 0)
-        return 1;
-    else
-        return Part<kLines>::count(row_bytes);
+// How many parts a block has at least, as far as there are so many: one for each of its warps that
+// run at the same time.
+constexpr int kPartsOfBlock = kWarpsOfBlockMax < 4 ? kWarpsOfBlockMax : 4;
+
+// Shares out the blocks of a launch that sends and receives so many parts by line, the senders in
+// steps of so many blocks. If there is a warp for each part, senders may fill the device, and
+// receivers follow when they are done; a block then has few parts, so that the warps of a
+// multiprocessor do not wait for each other. Else both run beside each other.
+inline void set_line_roles(Round *round, const Queue &queue, int64_t send_count, int send_step,
+                           int64_t receive_count) {
+    const int all = kBlocksOfProcessor * queue.block_count;
+    const bool few = send_count <= int64_t(all) * kWarpsOfBlockMax;
+    const auto blocks_for = [](int64_t parts, int most) {
+        const int64_t blocks = (parts + kPartsOfBlock - 1) / kPartsOfBlock;
+        return static_cast<int>(blocks < 1 ? 1 : blocks < most ? blocks : most);
+    };
+    const int senders = blocks_for(send_count, few ? all : sender_block_count_max(queue));
+    round->sender_block_count = senders < send_step ? send_step : senders / send_step * send_step;
+    round->receiver_block_count =
+        blocks_for(receive_count, few ? all : receiver_block_count_max(queue));
+    round->chunk_count = sender_block_count_max(queue);
 }
 
 // What the lanes of a warp hold of a part.
-template <int kLines>
 struct Pieces {
-    Vector step[Part<kLines>::kSteps];
+    Vector step[Part::kSteps];
 };
 
-template <int kLines>
-EP_DEVICE void push_part(const Part<kLines> &part, char *lines, const Pieces<kLines> &pieces,
+EP_DEVICE void push_part(const Part &part, char *lines, const Pieces &pieces,
                          uint64_t signal) {
     EP_UNROLL
-    for (int step = 0; step < Part<kLines>::kSteps; ++step) {
+    for (int step = 0; step < Part::kSteps; ++step) {
         Vector piece = pieces.step[step];
         if (LineLane::has_signal()) piece.words[0] = signal;
         push(part.at(lines, step), part.has_line(step), LineLane::has_signal(), piece);
     }
 }
 
-// What has come of a part.
-template <int kLines>
-struct PartArrival {
-    Pieces<kLines> pieces;
-    bool steps[Part<kLines>::kSteps] = {};
-
-    // Looks once more; true when all has come.
-    EP_DEVICE bool pull_rest(const Part<kLines> &part, char *lines, uint64_t epoch) {
-        bool all = true;
-        EP_UNROLL
-        for (int step = 0; step < Part<kLines>::kSteps; ++step) {
-            if (!steps[step])
-                steps[step] = pull(part.at(lines, step), part.has_line(step),
-                                   LineLane::has_signal(), epoch, &pieces.step[step]);
-            all = all && steps[step];
-        }
-        return all;
+// Looks for a part; true when all of it has come.
+EP_DEVICE bool pull_part(const Part &part, char *lines, uint64_t epoch, Pieces *pieces) {
+    const char *at[Part::kSteps];
+    bool here[Part::kSteps];
+    EP_UNROLL
+    for (int step = 0; step < Part::kSteps; ++step) {
+        at[step] = part.at(lines, step);
+        here[step] = part.has_line(step);
     }
-};
+    return pull(at, here, LineLane::has_signal(), epoch, pieces->step);
+}
 
 // The groups of channels whose scales travel with a line of an FP8 row: those that begin in it, or
 // before it. A line is shorter than a group, so there are at most two.
@@ -134,21 +140,20 @@ struct TwoScales {
 };
 
 // This lane's pieces of a row that travels as it is.
-template <int kLines>
-EP_DEVICE void load_part(const Part<kLines> &part, const char *row, size_t row_bytes,
-                         Pieces<kLines> *pieces) {
+EP_DEVICE void load_part(const Part &part, const char *row, size_t row_bytes,
+                         Pieces *pieces) {
     EP_UNROLL
-    for (int step = 0; step < Part<kLines>::kSteps; ++step)
+    for (int step = 0; step < Part::kSteps; ++step)
         if (part.has_piece(step, row_bytes))
-            pieces->step[step] = reinterpret_cast<const Vector *>(row)[part.piece(step)];
+            pieces->step[step] =
+                pass_load_constant(reinterpret_cast<const Vector *>(row) + part.piece(step));
 }
 
 // The scales of a row that comes with them, where they travel.
-template <int kLines>
-EP_DEVICE void load_part_scales(const Part<kLines> &part, const float *scales, int64_t stride,
-                                int groups, Pieces<kLines> *pieces) {
+EP_DEVICE void load_part_scales(const Part &part, const float *scales, int64_t stride,
+                                int groups, Pieces *pieces) {
     EP_UNROLL
-    for (int step = 0; step < Part<kLines>::kSteps; ++step) {
+    for (int step = 0; step < Part::kSteps; ++step) {
         if (!LineLane::has_signal() || !part.has_line(step)) continue;
         const LineGroups at = LineGroups::of(part.line(step));
         const int last = at.last < groups ? at.last : at.first;
@@ -157,32 +162,47 @@ EP_DEVICE void load_part_scales(const Part<kLines> &part, const float *scales, i
     }
 }
 
-// Casts a part of a row to float8_e4m3fn: first each lane 16 channels of a group, then from lane to
-// lane to where they travel. A part holds whole groups.
-template <Element kType, int kLines>
-EP_DEVICE void cast_part(const Part<kLines> &part, const char *row, int hidden, bool power_of_two,
-                         Pieces<kLines> *pieces) {
-    constexpr int kChannels = static_cast<int>(Layout::kPieceBytes);
-    constexpr int kLanesOfGroup = kScaleGroup / kChannels;
-    constexpr int kPieces = Part<kLines>::kPieces, kPartBytes = Part<kLines>::kBytes;
-    constexpr int kSteps = (kPieces + kWarpSize - 1) / kWarpSize;
+// A part of a row that is cast on the way, as it was read: each lane has 16 channels of a group at
+// each step. A part holds whole groups.
+template <Element kType>
+struct UncastPart {
+    static constexpr int kChannels = static_cast<int>(Layout::kPieceBytes);
+    static constexpr int kPieces = Part::kPieces, kPartBytes = Part::kBytes;
+    static constexpr int kSteps = (kPieces + kWarpSize - 1) / kWarpSize;
     static_assert(kPartBytes % kScaleGroup == 0, "whole groups");
-    Cast<1> cast[kSteps];
-    EP_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-        const int piece = step * kWarpSize + Warp::rank();
-        const int channel = part.index * kPartBytes + piece * kChannels;
-        const bool inside = piece < kPieces && channel < hidden;
-        cast[step] = cast_channels<kType, kLanesOfGroup, 1>(row, channel, inside, power_of_two);
+    Channels<kType, 1> steps[kSteps];
+
+    EP_DEVICE static UncastPart of(const Part &part, const char *row, int hidden) {
+        UncastPart read;
+        EP_UNROLL
+        for (int step = 0; step < kSteps; ++step) {
+            const int piece = step * kWarpSize + Warp::rank();
+            const int channel = part.index * kPartBytes + piece * kChannels;
+            read.steps[step] =
+                Channels<kType, 1>::of(row, channel, piece < kPieces && channel < hidden);
+        }
+        return read;
     }
+};
+
+// Casts a part to float8_e4m3fn, and moves its pieces from lane to lane to where they travel.
+template <Element kType>
+EP_DEVICE void cast_part(const Part &part, const UncastPart<kType> &read,
+                         bool power_of_two, Pieces *pieces) {
+    using Uncast = UncastPart<kType>;
+    constexpr int kLanesOfGroup = kScaleGroup / Uncast::kChannels;
+    Cast<1> cast[Uncast::kSteps];
     EP_UNROLL
-    for (int to = 0; to < Part<kLines>::kSteps; ++to) {
-        const int piece = part.piece(to) - part.index * kPieces;
-        const LineGroups at = LineGroups::of(part.line(to) - part.index * kLines);
+    for (int step = 0; step < Uncast::kSteps; ++step)
+        cast[step] = cast_channels<kLanesOfGroup>(read.steps[step], power_of_two);
+    EP_UNROLL
+    for (int to = 0; to < Part::kSteps; ++to) {
+        const int piece = part.piece(to) - part.index * Uncast::kPieces;
+        const LineGroups at = LineGroups::of(part.line(to) - part.index * Part::kLines);
         Vector found{};
         TwoScales two{};
         EP_UNROLL
-        for (int step = 0; step < kSteps; ++step) {
+        for (int step = 0; step < Uncast::kSteps; ++step) {
             const Vector one = {{Warp::from(cast[step].pieces[0].words[0], piece % kWarpSize),
                                  Warp::from(cast[step].pieces[0].words[1], piece % kWarpSize)}};
             const int first = at.first * kLanesOfGroup, last = at.last * kLanesOfGroup;
@@ -198,11 +218,11 @@ EP_DEVICE void cast_part(const Part<kLines> &part, const char *row, int hidden, 
 }
 
 // Writes a part to one place of its row, and the scales that begin in it.
-template <bool kScales, int kLines>
-EP_DEVICE void place_part(const Part<kLines> &part, const Pieces<kLines> &pieces, size_t row_bytes,
+template <bool kScales>
+EP_DEVICE void place_part(const Part &part, const Pieces &pieces, size_t row_bytes,
                           const Target &to, int groups) {
     EP_UNROLL
-    for (int step = 0; step < Part<kLines>::kSteps; ++step) {
+    for (int step = 0; step < Part::kSteps; ++step) {
         if (part.has_piece(step, row_bytes))
             reinterpret_cast<Vector *>(to.row)[part.piece(step)] = pieces.step[step];
         if constexpr (kScales) {

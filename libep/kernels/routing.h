@@ -19,7 +19,8 @@ struct ExpertRange {
 };
 
 // The weight of choice k and of its repeats.
-EP_DEVICE float merged_weight(const int32_t *choices, const float *weights, int k, int topk) {
+template <class Choice>
+EP_DEVICE float merged_weight(const Choice *choices, const float *weights, int k, int topk) {
     float sum = weights == nullptr ? 1.0f : weights[k];
     for (int other = k + 1; other < topk; ++other)
         if (choices[other] == Routing::repeat_of(choices[k]))
@@ -38,7 +39,7 @@ EP_DEVICE int each_entry(const int32_t *choices, const float *weights, int topk,
         const int k = first + Warp::rank();
         const int32_t choice = k < topk ? choices[k] : Routing::kNoChoice;
         float weight = k < topk && weights != nullptr ? weights[k] : 1.0f;
-        const Equals had = Warp::count(range.has(choice));
+        const Votes had = Warp::count(range.has(choice));
         const bool repeats =
             topk > Warp::size() || Warp::count(choice < Routing::kNoChoice).total > 0;
         if (range.has(choice)) {
@@ -162,11 +163,6 @@ struct Wait {
     }
 };
 
-// How many warps the senders of a launch may have together.
-inline int warp_count_max(const Queue &queue) {
-    return sender_block_count_max(queue) * kWarpsOfBlockMax;
-}
-
 // Shares out the blocks of a launch, for so many things to send and to receive.
 inline void set_roles(Round *round, const Queue &queue, int send_count, int receive_count) {
     const int senders = sender_block_count_max(queue), receivers = receiver_block_count_max(queue);
@@ -181,8 +177,8 @@ inline void set_roles(Round *round, const Queue &queue, int send_count, int rece
 template <class Args>
 void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &queue) {
     Round &r = args.round;
-    const int blocks =
-        kRolesApart ? 1 + r.sender_block_count + r.receiver_block_count : r.sender_block_count;
+    const int receivers = has_phase(phases, Phases::kReceive) ? r.receiver_block_count : 0;
+    const int blocks = kRolesApart ? 1 + r.sender_block_count + receivers : r.sender_block_count;
     // Blocks that do not run beside each other would wait in vain for those after them.
     for (const Phases one : {Phases::kSend, Phases::kReceive, Phases::kBoth}) {
         const bool now =

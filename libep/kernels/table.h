@@ -9,7 +9,7 @@
 namespace ep::EP_DEVICE_NAMESPACE {
 
 inline Kernels kernels() {
-    return {sender_block_count_max, launch_dispatch, launch_combine, suits_lines};
+    return {chunk_count_max, launch_dispatch, launch_combine, suits_lines};
 }
 
 // Loads every kernel onto the current device; see Queue::load_only.
@@ -20,10 +20,9 @@ inline int load_kernels() {
     CombineArgs combine{};
     const float weight = 0;
     combine.topk_weights = &weight;  // with it, the kernel that moves weights is one of them
-    const auto load = [&](Carriage carriage, int token_count, Element type) {
+    const auto load = [&](Carriage carriage, Element type) {
         for (Round *round : {&dispatch.round, &combine.round}) {
             round->layout.shape.carriage = carriage;
-            round->token_count = token_count;
             round->hidden = kScaleGroup;
         }
         dispatch.x_type = combine.x_type = type;
@@ -36,11 +35,9 @@ inline int load_kernels() {
             launch_combine(combine, Phases::kBoth, queue);
         }
     };
-    constexpr int kTokensMany = 1 << 16;  // by line, the kernels for few and many are not the same
     for (const Element type : {Element::kBf16, Element::kFp16, Element::kFp32, Element::kFp8}) {
-        load(Carriage::kFlag, 1, type);
-        load(Carriage::kLine, 1, type);
-        load(Carriage::kLine, kTokensMany, type);
+        load(Carriage::kFlag, type);
+        load(Carriage::kLine, type);
     }
     return launch_error();
 }

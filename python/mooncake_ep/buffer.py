@@ -203,6 +203,7 @@ class Buffer:
     Attributes:
         group: the group it was made from.
         max_tokens, hidden, experts, topk, threads: as given, or the default.
+        sms: multiprocessors of a GPU that a launch may fill; 0 on the CPU.
         local_experts: L = E/R experts of this rank.
         window_bytes: shared memory of this rank.
         handle_bytes: device memory of one handle.
@@ -220,6 +221,7 @@ class Buffer:
         rounds_in_flight: int = 2,
         fp32_partials: bool = False,
         threads: int = 0,
+        max_sms: int = 0,
     ) -> None:
         """Allocate this rank's window and map the peers'. Collective, blocking.
 
@@ -235,6 +237,7 @@ class Buffer:
                 to 8; memory grows with it.
             fp32_partials: combine's partial sums travel as float32 whatever the type.
             threads: of a CPU rank, this one included; 0: the library's choice.
+            max_sms: multiprocessors of a GPU that a launch may fill, 3 or more; 0: all.
 
         Raises:
             ValueError: an argument breaks a rule of mooncake_ep.h.
@@ -243,7 +246,15 @@ class Buffer:
             EpError: the ranks' values differ, or the group is closed.
         """
         config = _config(
-            max_tokens, hidden, experts, topk, payloads, rounds_in_flight, fp32_partials, threads
+            max_tokens,
+            hidden,
+            experts,
+            topk,
+            payloads,
+            rounds_in_flight,
+            fp32_partials,
+            threads,
+            max_sms,
         )
         buffer = ffi.new("mep_buffer_t **")
         group._check(lib.mep_buffer_create(group._open(), config, buffer))
@@ -268,6 +279,7 @@ class Buffer:
         self.window_bytes: int = info.window_bytes
         self.handle_bytes: int = info.handle_bytes
         self.threads: int = info.cpu_thread_count
+        self.sms: int = info.sm_count
 
     @staticmethod
     def query_sizes(
@@ -281,10 +293,19 @@ class Buffer:
         rounds_in_flight: int = 2,
         fp32_partials: bool = False,
         threads: int = 0,
+        max_sms: int = 0,
     ) -> BufferSizes:
         """Tell the memory that such a buffer would take on each rank; arguments as for Buffer."""
         config = _config(
-            max_tokens, hidden, experts, topk, payloads, rounds_in_flight, fp32_partials, threads
+            max_tokens,
+            hidden,
+            experts,
+            topk,
+            payloads,
+            rounds_in_flight,
+            fp32_partials,
+            threads,
+            max_sms,
         )
         sizes = struct("mep_buffer_sizes_t")
         check(lib.mep_buffer_query_sizes(config, rank_count, sizes))
@@ -704,6 +725,7 @@ def _config(
     rounds_in_flight: int,
     fp32_partials: bool,
     threads: int,
+    max_sms: int,
 ) -> Any:
     bits = 0
     for payload in payloads or ():
@@ -720,6 +742,7 @@ def _config(
         rounds_in_flight_max=rounds_in_flight,
         fp32_partials=fp32_partials,
         cpu_thread_count=threads,
+        sm_count_max=max_sms,
     )
 
 
