@@ -15,8 +15,11 @@ Kernels gpu_kernels() {
     return cuda::kernels();
 }
 
-int load_gpu_kernels() {
-    return cuda::load_kernels();
+int load_gpu_kernels(cudaStream_t stream) {
+    const int error = cuda::load_kernels();
+    if (error != cudaSuccess) return error;
+    cuda::use_stack<<<1, 1, 0, stream>>>(1, nullptr);
+    return cudaStreamSynchronize(stream);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // The host runtime of a GPU, once for CUDA and MACA. The including file defines
 //   EP_GPU(name)            cuda##name or mc##name
 //   EP_GPU_NAME             "cuda" or "maca"
-//   gpu_kernels()           the kernels, and load_gpu_kernels(), which loads them
+//   gpu_kernels()           the kernels, and load_gpu_kernels(stream), which loads them
 #include "backend/backend.h"
 #include "backend/window_table.h"
 #include "base/status.h"
@@ -144,7 +144,7 @@ class Gpu : public Device {
         const DeviceScope scope(device_);
         EP_TRY(scope.status());
         EP_TRY_GPU(StreamCreateWithFlags(&stream_, EP_GPU(StreamNonBlocking)));
-        return gpu_status(static_cast<GpuError>(load_gpu_kernels()), "loading the kernels");
+        return gpu_status(static_cast<GpuError>(load_gpu_kernels(stream_)), "loading the kernels");
     }
 
     const Kernels &kernels() const override { return kernels_; }

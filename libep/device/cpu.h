@@ -19,7 +19,9 @@
 #define EP_DEVICE_NAMESPACE EP_CPU_LEVEL
 #define EP_DEVICE inline __attribute__((always_inline))
 #define EP_KERNEL inline void
+#define EP_WIDE_KERNEL(threads) EP_KERNEL
 #define EP_UNROLL
+#define EP_ROLLED
 #define EP_SHARED(Type, name) Type name
 
 namespace ep::EP_DEVICE_NAMESPACE {
@@ -33,6 +35,7 @@ struct Place {
 inline thread_local Place place;
 
 constexpr int kWarpsOfBlockMax = 1;
+constexpr int kMovingThreads = kWarpsOfBlockMax * kWarpSize, kSummingThreads = kMovingThreads;
 constexpr bool kRolesApart = false;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
@@ -66,6 +69,7 @@ struct Lane {
         static_assert(kLanes == 1, "a CPU warp has one lane");
         return value;
     }
+    static bool repeats(unsigned, int, int) { return false; }  // no lane is below
     static Votes count(bool value) { return {value, 0}; }
 };
 struct Thread : Lane {};
@@ -215,6 +219,11 @@ void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int bloc
         &call);
 }
 
+template <class Args>
+void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,
+                 int) {
+    launch(kernel, args, queue, block_count);
+}
 template <class Args>
 void launch_all(void (*kernel)(Args), const Args &args, const Queue &queue, int item_count) {
     if (item_count > 0) launch(kernel, args, queue, sender_block_count_max(queue));

@@ -13,7 +13,9 @@
 #define EP_DEVICE __device__ __forceinline__
 #define EP_KERNEL \
     __global__ void __launch_bounds__(::ep::cuda::kThreads, ::ep::cuda::kBlocksOfProcessor)
+#define EP_WIDE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define EP_UNROLL _Pragma("unroll")
+#define EP_ROLLED _Pragma("unroll 1")
 #define EP_SHARED(Type, name) __shared__ Type name
 
 namespace ep::cuda {
@@ -23,6 +25,9 @@ constexpr int kThreads = 256;  // of a block at most
 constexpr int kBlocksOfProcessor =
     2;  // of kThreads that fit beside each other, whatever the kernel
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Of a block that has a multiprocessor for itself: as many as its registers allow.
+constexpr int kMovingThreads = 768, kSummingThreads = 512;
 
 constexpr int kWarpsOfBlockMax = kThreads / kWarpSize;
 
@@ -74,6 +79,16 @@ struct Warp {
         for (int step = kLanes / 2; step > 0; step /= 2)
             value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
         return value;
+    }
+    EP_DEVICE static bool repeats(unsigned key, int bits, int first) {
+        unsigned same = ((1u << rank()) - 1) & ~((1u << first) - 1);
+        EP_ROLLED
+        for (int bit = 0; bit < bits; ++bit) {
+            const bool set = (key >> bit & 1) != 0;
+            const unsigned those = __ballot_sync(kAllLanes, set);
+            same &= set ? those : ~those;
+        }
+        return same != 0;
     }
     EP_DEVICE static Votes count(bool value) {
         const unsigned those = __ballot_sync(kAllLanes, value);
@@ -225,6 +240,17 @@ EP_DEVICE bool pull(const char *const (&at)[kCount], const bool (&here)[kCount],
     return Warp::all(whole);
 }
 
+// A thread of this kernel has more memory of its own than one of any other here. When it has run, the
+// device has set that much aside, and need not do so, which waits for all that runs on it, when the
+// first launch comes that needs some.
+constexpr int kStackBytes = 1024;
+static __global__ void use_stack(int index, volatile char *out) {
+    char stack[kStackBytes];
+    for (int i = 0; i < kStackBytes; ++i)
+        stack[i] = static_cast<char>(i * index);
+    if (out != nullptr) *out = stack[index % kStackBytes];
+}
+
 // Every launch: `blocks` of `threads`, or only the loading.
 template <class Args>
 void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, int blocks,
@@ -266,6 +292,11 @@ inline int chunk_count_max(const Queue &queue) {
 template <class Args>
 void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count) {
     launch_blocks(kernel, args, queue, block_count, kThreads);
+}
+template <class Args>
+void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,
+                 int threads) {
+    launch_blocks(kernel, args, queue, block_count, threads);
 }
 
 // A block per item, of as many warps as fill the device; with more items than that, small blocks

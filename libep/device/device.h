@@ -4,9 +4,13 @@
 //   kWarpSize                    32 on CUDA, 64 on MACA, 1 on the CPU
 //   Warp::broadcast(v), from(v, lane)  lane 0's value, or that of any lane
 //   Warp::max_over<N>(v)         the largest among N neighbouring lanes (N divides kWarpSize)
+//   Warp::repeats(key, bits, first)  whether a lane from `first` to the one below this has the same key
+//                                of so many bits
 //   Warp::count(v)               on how many lanes v is true, and on how many lower ones
 //   Warp::all(v)                 whether v is true on all lanes
 //   EP_SHARED(Type, name)        one plain struct that the threads of a block share; once a kernel
+//   EP_UNROLL, EP_ROLLED         before a loop: its body as often as it runs; only once. A launch of
+//                                few steps spends its time on fetching instructions
 //   grid_index<G>, grid_count<G> this group among all of the launch
 //   load, store, fetch_add       device scope, relaxed: no order, but no race
 //   publish(word, v)             all that this thread stored before is visible to whoever observes
@@ -41,8 +45,10 @@
 //   kBlocksOfProcessor           blocks that run beside each other on a multiprocessor
 //   sender_block_count_max, receiver_block_count_max  host side: blocks of a launch for each role
 //   chunk_count_max              host side: into how many chunks tokens are split for counting
-//   launch, launch_all           host side: so many blocks; blocks that fill the device, for so
-//                                many items
+//   kMovingThreads, kSummingThreads  of a block of EP_WIDE_KERNEL, which has a multiprocessor for
+//                                itself: for kernels that move rows, and that sum them
+//   launch, launch_wide, launch_all  host side: so many blocks; so many wide ones, of so many threads;
+//                                blocks that fill the device, for so many items
 //   launch_error                 host side: 0, or the error of the launches before
 //
 // Only this file names vendors. Each header defines every word, in a namespace of its own

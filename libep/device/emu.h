@@ -17,7 +17,9 @@
 #define EP_DEVICE_NAMESPACE emu
 #define EP_DEVICE inline
 #define EP_KERNEL inline void
+#define EP_WIDE_KERNEL(threads) EP_KERNEL
 #define EP_UNROLL
+#define EP_ROLLED
 #define EP_SHARED(Type, name) Type &name = place.whole->template shared<Type>()
 
 #if !defined(EP_EMU_WARP_SIZE)
@@ -31,6 +33,7 @@ constexpr int kWarpsPerBlock = 2;
 constexpr int kThreads = kWarpsPerBlock * kWarpSize;
 constexpr int kManyBlocks = 3;
 constexpr int kWarpsOfBlockMax = kWarpsPerBlock;
+constexpr int kMovingThreads = kWarpsOfBlockMax * kWarpSize, kSummingThreads = kMovingThreads;
 
 // Lanes that exchange values: each writes its own cell, all meet, each reads.
 struct Team {
@@ -122,6 +125,14 @@ struct Warp {
         return value;
     }
 
+    static bool repeats(unsigned key, int bits, int first) {
+        exchange(key & ((uint64_t{1} << bits) - 1));
+        bool found = false;
+        for (int lane = first; lane < rank(); ++lane)
+            found = found || place.warp->cells[lane] == place.warp->cells[rank()];
+        sync();
+        return found;
+    }
     static Votes count(bool value) {
         exchange(uint64_t{value});
         Votes found{0, 0};
@@ -232,6 +243,11 @@ inline int chunk_count_max(const Queue &queue) {
 template <class Args>
 void launch(void (*kernel)(Args), const Args &args, const Queue &, int block_count) {
     launch_blocks(block_count, kernel, args);
+}
+template <class Args>
+void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,
+                 int) {
+    launch(kernel, args, queue, block_count);
 }
 template <class Args>
 void launch_all(void (*kernel)(Args), const Args &args, const Queue &, int item_count) {

@@ -38,30 +38,20 @@ EP_DEVICE void sum_part(const Part &part, const Terms &terms, size_t row_bytes,
 
 // ---- Sending ------------------------------------------------------------------------------------
 
-// Sums and sends a part, step by step: the link has the first lines while the next are summed.
-template <Element kType, Element kPartial>
-EP_DEVICE void push_partial(const CombineArgs &a, const Outgoing &out, const Part &part,
-                            const Terms &terms) {
-    const Round &r = a.round;
-    constexpr int kChannels = kPieceChannels<kPartial>;
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
-    char *lines = r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token);
+// Sends a lane's sums of a part.
+template <Element kPartial>
+EP_DEVICE void push_sums(const Round &r, const Outgoing &out, const Part &part,
+                         const PartSums<kPartial> &sums) {
+    Pieces pieces;
     EP_UNROLL
     for (int step = 0; step < Part::kSteps; ++step) {
-        Pack<kChannels> sums[1] = {};
-        sum_terms<kType>(
-            terms,
-            [&](int) {
-                return part.has_piece(step, row_bytes) ? part.piece(step) * kChannels : -1;
-            },
-            sums);
         alignas(16) char bytes[sizeof(Vector)];
-        store_channels<kPartial, kChannels>(bytes, 0, sums[0]);
-        Vector piece;
-        __builtin_memcpy(&piece, bytes, sizeof bytes);
-        if (LineLane::has_signal()) piece.words[0] = Signal::pack(out.epoch, 0);
-        push(part.at(lines, step), part.has_line(step), LineLane::has_signal(), piece);
+        store_channels<kPartial, kPieceChannels<kPartial>>(bytes, 0, sums.steps[step]);
+        __builtin_memcpy(&pieces.step[step], bytes, sizeof bytes);
     }
+    push_part(part,
+              r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token),
+              pieces, Signal::pack(out.epoch, 0));
 }
 
 // The terms of a token that dispatch received; false if nothing is to be sent. One warp.
@@ -72,7 +62,6 @@ EP_DEVICE bool find_line_terms(const CombineArgs &a, const Wait &wait, const Out
     const int topk_max = r.layout.shape.topk_max;
     const size_t slot = size_t(out.source) * r.layout.shape.token_count_max + out.token;
     const bool given = a.topk_weights != nullptr;
-    Warp::sync();  // before these terms take the place of the last ones
     const int tokens = Signal::value(r.routing.token_counts[out.source]);
     const int active = is_active(r, out.source);
     put_terms<kType>(a, slot, given ? nullptr : r.routing.weights + slot * topk_max, terms);
@@ -84,25 +73,6 @@ EP_DEVICE bool find_line_terms(const CombineArgs &a, const Wait &wait, const Out
     if (Warp::rank() < terms->count) terms->weight[Warp::rank()] = weights[Warp::rank()];
     Warp::sync();
     return true;
-}
-
-// A warp per part of a token that dispatch received, all sources side by side.
-template <Element kType, Element kPartial>
-EP_DEVICE void send_line_partials(const CombineArgs &a, uint64_t epoch, const Role &role,
-                                  Terms *terms) {
-    const Round &r = a.round;
-    const Wait wait(r);
-    const int ranks = r.layout.shape.rank_count, peers = ranks - 1;
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
-    const int parts = Part::count(row_bytes), warps = Warp::count_in_block();
-    const int items = r.layout.shape.token_count_max * peers * parts;
-    for (int i = Warp::index_in_block() * role.sender_count + role.sender; i < items;
-         i += role.sender_count * warps) {
-        const int message = i / parts;
-        const Outgoing out{epoch, (r.rank + 1 + message % peers) % ranks, message / peers};
-        if (find_line_terms<kType>(a, wait, out, terms))
-            push_partial<kType, kPartial>(a, out, Part(i % parts, row_bytes), *terms);
-    }
 }
 
 // ---- Receiving ----------------------------------------------------------------------------------
@@ -119,21 +89,16 @@ EP_DEVICE bool await_line_part(const Wait &wait, uint64_t epoch, int peer, const
     }
 }
 
-// One part of an own token. One warp.
+// Adds the parts of a token's ranks in rank order, this rank's own among them, and writes the sum.
+// One warp.
 template <Element kType, Element kPartial>
-EP_DEVICE void receive_token_part(const CombineArgs &a, const Wait &wait, uint64_t epoch, int token,
-                                  const Part &part, Terms *terms) {
+EP_DEVICE void add_parts(const CombineArgs &a, const Wait &wait, uint64_t epoch, int token,
+                         int32_t choice, const Part &part, const PartSums<kPartial> &own) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
     constexpr int kChannels = kPieceChannels<kPartial>;
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
-    const int32_t choice = Warp::rank() < r.topk
-                               ? r.routing.choices[token * r.topk + Warp::rank()]
-                               : Routing::kNoChoice;
-    put_own_terms<kType>(a, token, terms);
-    Warp::sync();
-    PartSums<kPartial> own, sums = {};
-    sum_part<kType>(part, *terms, row_bytes, &own);
+    PartSums<kPartial> sums = {};
+    EP_ROLLED
     for (int peer = 0; peer < layout.shape.rank_count; ++peer) {
         if (Warp::all(!ExpertRange::of(layout, peer).has(choice))) continue;
         Pieces arrived;
@@ -150,46 +115,70 @@ EP_DEVICE void receive_token_part(const CombineArgs &a, const Wait &wait, uint64
     }
     EP_UNROLL
     for (int step = 0; step < Part::kSteps; ++step)
-        if (part.has_piece(step, row_bytes))
+        if (part.has_piece(step, size_t(r.hidden) * element_bytes(kPartial)))
             store_channels<kType, kChannels>(a.out + token * a.out_stride,
                                              part.piece(step) * kChannels, sums.steps[step]);
-    Warp::sync();  // before the next token's terms take the place of this one's
-}
-
-// A warp per part of an own token.
-template <Element kType, Element kPartial>
-EP_DEVICE void receive_line_tokens(const CombineArgs &a, uint64_t epoch, const Role &role,
-                                   Terms *terms) {
-    const Round &r = a.round;
-    const Wait wait(r);
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
-    const int parts = Part::count(row_bytes), warps = Warp::count_in_block();
-    for (int i = Warp::index_in_block() * role.receiver_count + role.receiver;
-         i < r.token_count * parts; i += role.receiver_count * warps)
-        receive_token_part<kType, kPartial>(a, wait, epoch, i / parts,
-                                            Part(i % parts, row_bytes), terms);
 }
 
 // ---- Roles --------------------------------------------------------------------------------------
 
 // What the threads of a block share: each warp's own.
 struct LineCombineShared {
-    Terms terms[kWarpsOfBlockMax];
+    Terms terms[kSummingThreads / kWarpSize];
 };
 
+// A warp's items are parts of rows: a sender's, those of tokens that dispatch received, all sources
+// side by side; a receiver's, those of own tokens. One loop for both, so that there is one copy of
+// each step.
 template <Element kType, Element kPartial>
-EP_KERNEL combine_by_line(const CombineArgs a) {
+EP_DEVICE void combine_parts(const CombineArgs &a, uint64_t epoch, const Role &role,
+                             Terms *terms) {
+    const Round &r = a.round;
+    const bool sends = role.sender >= 0;
+    const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
+    const int parts = r.parts.value, peers = r.layout.shape.rank_count - 1;
+    const int items = (sends ? r.layout.shape.token_count_max * peers : r.token_count) * parts;
+    const int block = sends ? role.sender : role.receiver;
+    const int blocks = sends ? role.sender_count : role.receiver_count;
+    const int warps = Warp::count_in_block();
+    const Wait wait(r);
+    EP_ROLLED
+    for (int i = Warp::index_in_block() * blocks + block; i < items; i += blocks * warps) {
+        const int message = r.parts.quotient(i);
+        const Part part(i - message * parts, row_bytes);
+        Outgoing out{epoch, r.rank, message};
+        int32_t choice = Routing::kNoChoice;
+        Warp::sync();  // before these terms take the place of the last ones
+        if (sends) {
+            out.token = peers == 1 ? message : message / peers;
+            const int rank = r.rank + 1 + message - out.token * peers;
+            out.source = rank <= peers ? rank : rank - peers - 1;
+            if (!find_line_terms<kType>(a, wait, out, terms)) continue;
+        } else {
+            if (Warp::rank() < r.topk)
+                choice = r.routing.choices[message * r.topk + Warp::rank()];
+            put_own_terms<kType>(a, message, terms);
+            Warp::sync();
+        }
+        PartSums<kPartial> sums;
+        sum_part<kType>(part, *terms, row_bytes, &sums);
+        if (sends)
+            push_sums(r, out, part, sums);
+        else
+            add_parts<kType>(a, wait, epoch, message, choice, part, sums);
+    }
+}
+
+template <Element kType, Element kPartial>
+EP_WIDE_KERNEL(kSummingThreads) combine_by_line(const CombineArgs a) {
     after_launches_before();
     EP_SHARED(LineCombineShared, shared);
     const Round &r = a.round;
     const Role role = Role::of(r);
     const uint64_t epoch = combine_epoch_of(r);
-    Terms *terms = &shared.terms[Warp::index_in_block()];
     if (role.counts && r.sends()) tell_peers(r, epoch);
-    if (role.sender >= 0 && r.sends())
-        send_line_partials<kType, kPartial>(a, epoch, role, terms);
-    if (role.receiver >= 0 && r.receives())
-        receive_line_tokens<kType, kPartial>(a, epoch, role, terms);
+    if (role.sender >= 0 ? r.sends() : role.receiver >= 0 && r.receives())
+        combine_parts<kType, kPartial>(a, epoch, role, &shared.terms[Warp::index_in_block()]);
     if (role.counts && r.receives()) await_arrivals(r, epoch);
     if (r.sends()) hand_in(&r.state->combine_tickets);
 }
@@ -200,10 +189,17 @@ template <Element kType, Element kPartial>
 int launch_combine_by_line(CombineArgs args, Phases phases, const Queue &queue) {
     Round &r = args.round;
     const Shape &shape = r.layout.shape;
-    const int64_t parts = Part::count(size_t(r.hidden) * element_bytes(kPartial));
-    set_line_roles(&r, queue, (shape.rank_count - 1) * shape.token_count_max * parts, 1,
-                   r.token_count * parts);
-    launch_phases(combine_by_line<kType, kPartial>, args, phases, queue);
+    const int parts = Part::count(size_t(r.hidden) * element_bytes(kPartial));
+    // A multiprocessor that sends is held up by the link, so others receive. Both sum as much.
+    const int senders = (queue.block_count - 1) / 2, receivers = queue.block_count - 1 - senders;
+    r.sender_block_count = blocks_for(
+        int64_t(shape.rank_count - 1) * shape.token_count_max * parts, senders);
+    r.receiver_block_count = blocks_for(int64_t(r.token_count) * parts, receivers);
+    r.parts = Divisor::of(parts);
+    launch_phases(combine_by_line<kType, kPartial>, args, phases, queue,
+                  [](auto kernel, const CombineArgs &now, const Queue &on, int blocks) {
+                      launch_wide(kernel, now, on, blocks, kSummingThreads);
+                  });
     return launch_error();
 }
 

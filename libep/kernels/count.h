@@ -22,6 +22,14 @@ struct Chunk {
     }
 };
 
+// For Round::choice_bits: of an expert, and one more for the negative numbers that stand for none.
+inline int choice_bits(int expert_count) {
+    int bits = 1;
+    while (bits < 31 && (1 << (bits - 1)) < expert_count)
+        ++bits;
+    return bits;
+}
+
 EP_HOST_DEVICE inline bool counts_ahead(const Round &r) {
     return r.chunk_count > 1 && r.token_count * r.topk > kChoicesCountedByAllMax;
 }
@@ -42,19 +50,6 @@ EP_DEVICE bool is_repeat(const DispatchArgs &a, int64_t expert, int i) {
     return repeats;
 }
 
-// The same where each lane has a choice, of whole tokens: does a lower lane of this lane's token have
-// it too?
-EP_DEVICE bool repeats_in_warp(int expert, int topk) {
-    const int place = Warp::rank() % topk;
-    bool repeats = false;
-    for (int back = 1; back < topk; ++back) {
-        const int lane = Warp::rank() < back ? 0 : Warp::rank() - back;
-        const int other = Warp::from(expert, lane);
-        repeats = repeats || (place >= back && other == expert);
-    }
-    return repeats && expert >= 0;
-}
-
 constexpr int kChoicesAtOnce =
     kWarpSize == 1 ? 1 : 4;        // of a lane, loaded before the first is used
 constexpr int kTalliesAtOnce = 8;  // loaded before the first is added
@@ -63,13 +58,44 @@ constexpr int kTalliesAtOnce = 8;  // loaded before the first is added
 // lanes.
 struct Lanes {
     int used, place, stride;  // lanes at work; of this lane in the block's; of all lanes at work
+    int first;                // of this lane's token
 
     EP_DEVICE explicit Lanes(int topk)
         : used(topk <= Warp::size() ? Warp::size() / topk * topk : Warp::size()),
           place(Warp::index_in_block() * used + Warp::rank()),
-          stride(Warp::count_in_block() * used) {}
+          stride(Warp::count_in_block() * used),
+          first(Warp::rank() / topk * topk) {}
     EP_DEVICE bool works() const { return Warp::rank() < used; }
+
+    // Where lanes have whole tokens: does a lower lane of this lane's token name the expert too?
+    EP_DEVICE bool repeats(const Round &r, int expert) const {
+        return Warp::repeats(static_cast<unsigned>(expert), r.choice_bits, first) && expert >= 0;
+    }
 };
+
+// What topk_idx says at i, i + stride, ..., each below `last`: an expert, kNoChoice or kInvalidExpert.
+// All are on their way before the first is used, so nothing here may depend on a load.
+EP_DEVICE void load_choices(const DispatchArgs &a, int i, int stride, int last,
+                            int (&experts)[kChoicesAtOnce]) {
+    int64_t ids[kChoicesAtOnce];
+    const auto at = [&](int j) { return i + j * stride < last ? i + j * stride : last - 1; };
+    if (a.topk_idx_bytes == 8) {
+        EP_UNROLL
+        for (int j = 0; j < kChoicesAtOnce; ++j)
+            ids[j] = static_cast<const int64_t *>(a.topk_idx)[at(j)];
+    } else {
+        EP_UNROLL
+        for (int j = 0; j < kChoicesAtOnce; ++j)
+            ids[j] = static_cast<const int32_t *>(a.topk_idx)[at(j)];
+    }
+    EP_UNROLL
+    for (int j = 0; j < kChoicesAtOnce; ++j) {
+        const bool valid = ids[j] >= 0 && ids[j] < a.round.layout.shape.expert_count;
+        experts[j] = valid                          ? static_cast<int>(ids[j])
+                     : ids[j] == Routing::kNoChoice ? Routing::kNoChoice
+                                                    : kInvalidExpert;
+    }
+}
 
 // Calls take(i, choice, expert) for topk_idx[i], i of the tokens [begin, end). The whole block.
 template <class Take>
@@ -80,20 +106,13 @@ EP_DEVICE void each_choice(const DispatchArgs &a, int begin, int end, Take take)
     for (int first = begin * topk + lanes.place - Warp::rank(); first < last;
          first += kChoicesAtOnce * lanes.stride) {
         int experts[kChoicesAtOnce];
-        EP_UNROLL
-        for (int j = 0; j < kChoicesAtOnce; ++j) {
-            const int i = first + Warp::rank() + j * lanes.stride;
-            const int64_t expert = lanes.works() && i < last ? topk_idx_at(a, i) : -1;
-            const bool valid = expert >= 0 && expert < a.round.layout.shape.expert_count;
-            experts[j] = valid                          ? static_cast<int>(expert)
-                         : expert == Routing::kNoChoice ? Routing::kNoChoice
-                                                        : kInvalidExpert;
-        }
+        load_choices(a, first + Warp::rank(), lanes.stride, last, experts);
         EP_UNROLL
         for (int j = 0; j < kChoicesAtOnce; ++j) {
             if (first + j * lanes.stride >= last) break;
-            const int i = first + Warp::rank() + j * lanes.stride, expert = experts[j];
-            const bool repeats = topk <= Warp::size() ? repeats_in_warp(expert, topk)
+            const int i = first + Warp::rank() + j * lanes.stride;
+            const int expert = lanes.works() && i < last ? experts[j] : Routing::kNoChoice;
+            const bool repeats = topk <= Warp::size() ? lanes.repeats(a.round, expert)
                                                       : expert >= 0 && is_repeat(a, expert, i);
             if (lanes.works() && i < last)
                 take(i,

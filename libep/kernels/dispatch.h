@@ -28,7 +28,7 @@ struct DispatchShared {
     RowTargets targets[kWarpsOfBlockMax];
 };
 
-constexpr int kRowLoads = 7;  // in flight of a lane that moves a whole row
+constexpr int kRowLoads = 14;  // in flight of a lane that moves a whole row
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
@@ -258,6 +258,7 @@ template <bool kCast, Element kType>
 int launch_dispatch(DispatchArgs args, Phases phases, const Queue &queue) {
     Round &r = args.round;
     const Shape &shape = r.layout.shape;
+    r.choice_bits = choice_bits(shape.expert_count);
     if constexpr (kLineTokenCountMax > 0)
         if (shape.carriage == Carriage::kLine)
             return launch_dispatch_by_line<kCast, kType>(args, phases, queue);

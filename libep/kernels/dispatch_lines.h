@@ -1,11 +1,15 @@
 // dispatch where messages go by line (kernels/lines.h): small rounds, whose time is a chain of
-// dependent steps rather than bytes. The roles are those of kernels/dispatch.h, but
+// dependent steps rather than bytes. A block has a multiprocessor for itself, and a role:
 //
-//   * a warp moves a part of a row. What it has read once goes to the peers and, from the same
-//     registers, to this rank's own experts;
-//   * the blocks of a chunk keep its choices and their numbers in the memory that they share;
-//   * each block works out by itself, from all counts, where the rows of each source begin. The
-//     counter only says whose counts are valid, so all blocks agree.
+//   counter    tells all ranks this one's counts; says whose counts are valid, when all have come
+//   senders    send rows, parts of them by each warp, at once: that takes no numbers. They are few,
+//              for what waits for the link holds up all that its multiprocessor does
+//   receivers  number the choices of a chunk of this rank's tokens, send the heads of its messages,
+//              and place its rows on this rank; then wait for messages, and place their rows
+//
+// Each receiver finds by itself the numbers of its chunk, and where the rows of each source begin, in
+// the memory that its threads share. All roles go through one loop, so that there
+// is one copy of each step: a launch of few steps spends much of its time on fetching instructions.
 #pragma once
 
 #include "device/device.h"
@@ -17,10 +21,10 @@
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
-// What the lanes of a warp share.
-struct LineWarpShared {
-    int32_t rows[kTopkMax];   // where the entries of the message at hand go; -1: nowhere
-    Entry entries[kTopkMax];  // of the message whose head is sent
+// What the lanes of a warp share, one after the other.
+union LineWarpShared {
+    Entry entries[kTopkMax];   // of the message whose head is sent
+    Target targets[kTopkMax];  // where the entries of the token at hand go
 };
 
 // What the threads of a block share.
@@ -29,57 +33,166 @@ struct LineDispatchShared {
     int32_t begins[2 * kSharedExpertCountMax];  // [source, then the end][local expert]
     int32_t tokens[kLineRankCountMax];          // of each source; 0 if it is masked
     int32_t active[kLineRankCountMax], lost[kLineRankCountMax];
-    int16_t choices[kLineChoiceCountMax + 1];  // [token of the chunk][topk]
-    int16_t positions[kLineChoiceCountMax + 1];
-    LineWarpShared warps[kWarpsOfBlockMax];
+    int16_t choices[kLineChoiceCountMax];  // [token][topk]  up to the end of the chunk
+    int16_t positions[kLineChoiceCountMax];
+    LineWarpShared warps[kMovingThreads / kWarpSize];
 };
 
-// ---- Counting -----------------------------------------------------------------------------------
+// ---- Choices ------------------------------------------------------------------------------------
+
+enum class LineRole { kCounter, kSender, kReceiver };
+
+// A block among those of its role. They start in this order, and a block waits only for roles before
+// its own, of whatever rank.
+struct LineBlock {
+    LineRole role;
+    int index, count;
+
+    EP_DEVICE static LineBlock of(const Round &r) {
+        const int index = static_cast<int>(grid_index<Block>()) - 1;
+        if (index < 0) return {LineRole::kCounter, 0, 1};
+        if (index < r.sender_block_count) return {LineRole::kSender, index, r.sender_block_count};
+        return {LineRole::kReceiver, index - r.sender_block_count, r.receiver_block_count};
+    }
+    EP_DEVICE bool has_work(const Round &r) const { return role != LineRole::kSender || r.sends(); }
+};
+
+// The tokens of a block, or of several blocks, and this warp among theirs.
+struct LineChunk {
+    Chunk tokens;
+    int warp, warp_count;
+
+    EP_DEVICE static LineChunk of(const Round &r, const LineBlock &block) {
+        // The counter's: none, after all tokens.
+        if (block.role == LineRole::kCounter) return {{r.token_count, r.token_count}, 0, 1};
+        const int sharers =
+            block.role == LineRole::kSender ? block.count : r.receivers_of_chunk;
+        const int index = block.index / sharers, share = block.index - index * sharers;
+        return {Chunk::of(index, block.count / sharers, r.token_count),
+                Warp::index_in_block() * sharers + share, Warp::count_in_block() * sharers};
+    }
+    EP_DEVICE int token_count() const { return tokens.end - tokens.begin; }
+};
 
 // Clears the sums, and learns who takes part. The whole block.
 EP_DEVICE void prepare(const Round &r, LineDispatchShared *shared) {
+    EP_ROLLED
     for (int e = Block::rank(); e < r.layout.shape.expert_count; e += Block::size())
         shared->sums[e] = 0;
+    EP_ROLLED
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
         shared->active[peer] = is_active(r, peer);
         shared->lost[peer] = 0;
     }
+}
+
+// Learns the choices of all tokens up to the chunk's end, sums up those before it, and numbers its
+// own. The whole block.
+EP_DEVICE void learn_choices(const DispatchArgs &a, const LineBlock &block, const LineChunk &chunk,
+                             LineDispatchShared *shared) {
+    const Round &r = a.round;
+    const bool keeps =  // for later launches
+        block.role == LineRole::kReceiver && block.index % r.receivers_of_chunk == 0;
+    const int begin = chunk.tokens.begin * r.topk, last = chunk.tokens.end * r.topk;
+    const Lanes lanes(r.topk);
+    const int first = lanes.works() ? lanes.place : last;
+    EP_ROLLED
+    for (int i = first; i < last; i += kChoicesAtOnce * lanes.stride) {
+        int experts[kChoicesAtOnce];
+        load_choices(a, i, lanes.stride, last, experts);
+        EP_UNROLL
+        for (int j = 0; j < kChoicesAtOnce; ++j)
+            if (i + j * lanes.stride < last)
+                shared->choices[i + j * lanes.stride] = static_cast<int16_t>(experts[j]);
+    }
+    Block::sync();  // the sums are clear now
+    EP_ROLLED
+    for (int warp_first = lanes.place - Warp::rank(); warp_first < last;
+         warp_first += lanes.stride) {
+        const int i = warp_first + Warp::rank();
+        const bool here = lanes.works() && i < last;
+        const int expert = here ? shared->choices[i] : Routing::kNoChoice;
+        const bool repeats = lanes.repeats(r, expert);
+        if (!here) continue;
+        const int choice = expert < 0 ? Routing::kNoChoice
+                           : repeats  ? Routing::repeat_of(expert)
+                                      : expert;
+        if (i < begin) {
+            if (choice >= 0) fetch_add(&shared->sums[choice], 1);
+            continue;
+        }
+        shared->choices[i] = static_cast<int16_t>(choice);
+        if (!keeps) continue;
+        r.routing.choices[i] = choice;
+        if (expert == kInvalidExpert) fetch_add(&r.state->invalid_expert_ids, uint64_t{1});
+    }
+    Block::sync();
+    if (Warp::index_in_block() == 0)
+        number_choices(shared->choices + begin, chunk.token_count(), r.topk, shared->sums,
+                       [&](int i, int32_t number) {
+                           shared->positions[begin + i] = static_cast<int16_t>(number);
+                           if (keeps) r.routing.positions[begin + i] = number;
+                       });
     Block::sync();
 }
+
+// The same of a chunk that a launch before has numbered. The whole block.
+EP_DEVICE void recall_choices(const Round &r, const LineChunk &chunk, LineDispatchShared *shared) {
+    EP_ROLLED
+    for (int i = chunk.tokens.begin * r.topk + Block::rank(); i < chunk.tokens.end * r.topk;
+         i += Block::size()) {
+        shared->choices[i] = static_cast<int16_t>(r.routing.choices[i]);
+        shared->positions[i] = static_cast<int16_t>(r.routing.positions[i]);
+    }
+    Block::sync();
+}
+
+// One token's choices, a lane each.
+struct LaneChoice {
+    int32_t expert;  // below 0: none, or a repeat
+    int32_t position;
+
+    EP_DEVICE static LaneChoice of(const Round &r, int token, const LineDispatchShared &shared) {
+        if (Warp::rank() >= r.topk) return {Routing::kNoChoice, 0};
+        const int i = token * r.topk + Warp::rank();
+        return {shared.choices[i], shared.positions[i]};
+    }
+};
+
+// Its weight as it was given; see merged().
+EP_DEVICE float lane_weight(const DispatchArgs &a, int token) {
+    const float *weights = weights_of(a, token);
+    return weights != nullptr && Warp::rank() < a.round.topk ? weights[Warp::rank()] : 1.0f;
+}
+
+// The weight of a lane's choice and of its repeats. One warp.
+EP_DEVICE float merged(float weight, int32_t expert, int topk) {
+    if (Warp::all(expert >= Routing::kNoChoice)) return weight;
+    float sum = weight;
+    EP_ROLLED
+    for (int lane = 0; lane < topk; ++lane) {
+        const int32_t other = Warp::from(expert, lane);
+        const float more = Warp::from(weight, lane);
+        if (lane > Warp::rank() && other == Routing::repeat_of(expert)) sum += more;
+    }
+    return sum;
+}
+
+// ---- Counting -----------------------------------------------------------------------------------
 
 // Tells every rank how many tokens this one has, and how many for each of its experts. The counter.
-EP_DEVICE void tell_counts(const DispatchArgs &a, uint64_t epoch, LineDispatchShared *shared) {
-    const Round &r = a.round;
+EP_DEVICE void tell_counts(const Round &r, uint64_t epoch, LineDispatchShared *shared) {
     const Layout &layout = r.layout;
-    const int per_rank = layout.local_expert_count;
-    tally_choices(a, r.token_count, shared->sums);
-    for (int peer = Block::rank(); peer < layout.shape.rank_count; peer += Block::size())
-        if (shared->active[peer] != 0)
-            post(layout.token_count(r.window(peer), epoch, r.rank),
-                 Signal::pack(epoch, r.token_count));
-    Block::sync();
+    EP_ROLLED
     for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size()) {
-        const int peer = e / per_rank;
-        if (shared->active[peer] != 0)
-            post(layout.count(r.window(peer), epoch, r.rank, e - peer * per_rank),
-                 Signal::pack(epoch, shared->sums[e]));
+        const int peer = r.local_experts.quotient(e), index = e - peer * r.local_experts.value;
+        if (shared->active[peer] == 0) continue;
+        char *window = r.window(peer);
+        post(layout.count(window, epoch, r.rank, index), Signal::pack(epoch, shared->sums[e]));
+        if (index == 0)
+            post(layout.token_count(window, epoch, r.rank), Signal::pack(epoch, r.token_count));
     }
     if (Block::rank() == 0) r.routing.state->dispatch_epoch = epoch;
-}
-
-// From counts [source][expert], where each source's rows begin, in their place. The whole block.
-EP_DEVICE void add_up_begins(const Round &r, int32_t *begins) {
-    const int ranks = r.layout.shape.rank_count, experts = r.layout.local_expert_count;
-    for (int e = Block::rank(); e < experts; e += Block::size()) {
-        int begin = 0;
-        for (int source = 0; source < ranks; ++source) {
-            const int count = begins[source * experts + e];
-            begins[source * experts + e] = begin;
-            begin += count;
-        }
-        begins[ranks * experts + e] = begin;
-    }
-    Block::sync();
 }
 
 // Waits for all counts, and says whose are valid. The counter.
@@ -89,25 +202,26 @@ EP_DEVICE void decide_sources(const DispatchArgs &a, uint64_t epoch, LineDispatc
     const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
     char *window = r.window(r.rank);
     const Wait wait(r);
-    const auto count_of = [&](int source, int index) {
+    // The words of a source lie beside each other, its token count last.
+    EP_ROLLED
+    for (int i = Block::rank(); i < ranks * (experts + 1); i += Block::size()) {
+        const int source = i < ranks * experts ? r.local_experts.quotient(i) : i - ranks * experts;
+        const int index = i < ranks * experts ? i - source * experts : experts;
         const int count = await_count(wait, layout.count(window, epoch, source, index), epoch,
                                       source);
         if (count < 0) fetch_add(&shared->lost[source], 1);
-        return count < 0 ? 0 : count;
-    };
-    for (int i = Block::rank(); i < ranks * experts; i += Block::size()) {
-        const int source = i / experts;
-        shared->begins[i] = count_of(source, i - source * experts);
+        (index < experts ? shared->begins[i] : shared->tokens[source]) = count;
     }
-    for (int source = Block::rank(); source < ranks; source += Block::size())
-        shared->tokens[source] = count_of(source, experts);
     Block::sync();
+    EP_ROLLED
     for (int source = Block::rank(); source < ranks; source += Block::size()) {
         const int tokens = shared->lost[source] == 0 ? shared->tokens[source] : 0;
         post(&r.routing.token_counts[source], Signal::pack(epoch, tokens));
     }
+    EP_ROLLED
     for (int e = Block::rank(); e < experts; e += Block::size()) {
         int begin = 0;
+        EP_ROLLED
         for (int source = 0; source < ranks; ++source) {
             const bool counts = shared->lost[source] == 0 && shared->tokens[source] != 0;
             const int count = counts ? shared->begins[source * experts + e] : 0;
@@ -119,9 +233,10 @@ EP_DEVICE void decide_sources(const DispatchArgs &a, uint64_t epoch, LineDispatc
     }
 }
 
-// A count from a source, once the counter has decided about it. Which checked its limit, but a
-// window may change.
+// A count from a source, or its number of tokens, once the counter has decided about it. Which
+// checked the limit, but a window may change.
 EP_DEVICE int decided_count(const Round &r, uint64_t epoch, int source, const uint64_t *word) {
+    EP_ROLLED
     for (uint32_t attempt = 0;; ++attempt) {
         const uint64_t tokens = look(&r.routing.token_counts[source]), count = look(word);
         if (Signal::is_of(tokens, epoch)) {
@@ -136,90 +251,31 @@ EP_DEVICE int decided_count(const Round &r, uint64_t epoch, int source, const ui
 
 // Learns where the rows of each source begin. The whole block, but the counter's.
 EP_DEVICE void await_begins(const Round &r, uint64_t epoch, LineDispatchShared *shared) {
-    const int ranks = r.layout.shape.rank_count, experts = r.layout.local_expert_count;
+    const Layout &layout = r.layout;
+    const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
     char *window = r.window(r.rank);
-    for (int i = Block::rank(); i < ranks * experts; i += Block::size()) {
-        const int source = i / experts;
-        shared->begins[i] = decided_count(
-            r, epoch, source, r.layout.count(window, epoch, source, i - source * experts));
+    EP_ROLLED
+    for (int i = Block::rank(); i < ranks * (experts + 1); i += Block::size()) {
+        const int source = i < ranks * experts ? r.local_experts.quotient(i) : i - ranks * experts;
+        const int index = i < ranks * experts ? i - source * experts : experts;
+        const int count =
+            decided_count(r, epoch, source, layout.count(window, epoch, source, index));
+        (index < experts ? shared->begins[i] : shared->tokens[source]) = count;
     }
-    for (int source = Block::rank(); source < ranks; source += Block::size())
-        shared->tokens[source] = decided(&r.routing.token_counts[source], epoch);
     Block::sync();
-    add_up_begins(r, shared->begins);
-}
-
-// ---- Chunks -------------------------------------------------------------------------------------
-
-// A chunk of tokens, and this warp among those of the blocks that share it.
-struct LineChunk {
-    Chunk tokens;
-    int warp, warp_count;
-    bool first_block;  // the one that remembers choices for later launches
-
-    EP_DEVICE static LineChunk of(const Round &r, int sender) {
-        const int share = sender % r.senders_of_chunk;
-        return {Chunk::of(sender / r.senders_of_chunk, r.sender_block_count / r.senders_of_chunk,
-                          r.token_count),
-                Warp::index_in_block() * r.senders_of_chunk + share,
-                Warp::count_in_block() * r.senders_of_chunk, share == 0};
-    }
-    EP_DEVICE int token_count() const { return tokens.end - tokens.begin; }
-};
-
-// Learns a chunk's choices, and counts those before it. The whole block.
-EP_DEVICE void learn_choices(const DispatchArgs &a, const LineChunk &chunk,
-                             LineDispatchShared *shared) {
-    const Round &r = a.round;
-    const int begin = chunk.tokens.begin * r.topk;
-    prepare(r, shared);
-    each_choice(a, 0, chunk.tokens.end, [&](int i, int32_t choice, int expert) {
-        if (i < begin) {
-            if (choice >= 0) fetch_add(&shared->sums[choice], 1);
-            return;
+    EP_ROLLED
+    for (int e = Block::rank(); e < experts; e += Block::size()) {
+        int begin = 0;
+        EP_ROLLED
+        for (int source = 0; source < ranks; ++source) {
+            const int count = shared->begins[source * experts + e];
+            shared->begins[source * experts + e] = begin;
+            begin += count;
         }
-        shared->choices[i - begin] = static_cast<int16_t>(choice);
-        if (!chunk.first_block) return;
-        r.routing.choices[i] = choice;
-        if (expert == kInvalidExpert) fetch_add(&r.state->invalid_expert_ids, uint64_t{1});
-    });
-    Block::sync();
-}
-
-// Numbers a chunk's choices. The whole block.
-EP_DEVICE void number_line_chunk(const Round &r, const LineChunk &chunk,
-                                 LineDispatchShared *shared) {
-    const int begin = chunk.tokens.begin * r.topk;
-    if (Warp::index_in_block() == 0)
-        number_choices(shared->choices, chunk.token_count(), r.topk, shared->sums,
-                       [&](int i, int32_t number) {
-                           shared->positions[i] = static_cast<int16_t>(number);
-                           if (chunk.first_block) r.routing.positions[begin + i] = number;
-                       });
-    Block::sync();
-}
-
-// The same of a chunk that a launch before has numbered. The whole block.
-EP_DEVICE void recall_choices(const Round &r, const LineChunk &chunk, LineDispatchShared *shared) {
-    const int begin = chunk.tokens.begin * r.topk, count = chunk.token_count() * r.topk;
-    for (int i = Block::rank(); i < count; i += Block::size()) {
-        shared->choices[i] = static_cast<int16_t>(r.routing.choices[begin + i]);
-        shared->positions[i] = static_cast<int16_t>(r.routing.positions[begin + i]);
+        shared->begins[ranks * experts + e] = begin;
     }
     Block::sync();
 }
-
-// One token's choices, a lane each.
-struct LaneChoice {
-    int32_t expert;  // below 0: none, or a repeat
-    int32_t position;
-
-    EP_DEVICE static LaneChoice of(const Round &r, int index, const LineDispatchShared &shared) {
-        if (Warp::rank() >= r.topk) return {Routing::kNoChoice, 0};
-        const int i = index * r.topk + Warp::rank();
-        return {shared.choices[i], shared.positions[i]};
-    }
-};
 
 // ---- Sending ------------------------------------------------------------------------------------
 
@@ -250,271 +306,273 @@ struct RowPart<true, kType> {
     }
 };
 
-// Sends a part to the ranks of the token's experts. One warp.
-EP_DEVICE void send_part(const DispatchArgs &a, uint64_t epoch, int token, int32_t expert,
+// The peers of this rank, the next one first, so that not all send to the same.
+EP_DEVICE int peer_at(const Round &r, int step) {
+    const int rank = r.rank + step, ranks = r.layout.shape.rank_count;
+    return rank < ranks ? rank : rank - ranks;
+}
+
+// Sends a part to the ranks of the token's experts, of which each lane has one. One warp.
+EP_DEVICE void send_part(const Round &r, uint64_t epoch, int token, int64_t expert,
                          const LineDispatchShared &shared, const Part &part,
                          const Pieces &pieces) {
-    const Round &r = a.round;
     const Layout &layout = r.layout;
+    EP_ROLLED
     for (int step = 1; step < layout.shape.rank_count; ++step) {
-        const int rank = r.rank + step;
-        const int peer = rank < layout.shape.rank_count ? rank : rank - layout.shape.rank_count;
-        if (Warp::all(!ExpertRange::of(layout, peer).has(expert)) || shared.active[peer] == 0)
+        const int peer = peer_at(r, step);
+        const ExpertRange range = ExpertRange::of(layout, peer);
+        if (Warp::all(expert < range.first || expert >= range.end) || shared.active[peer] == 0)
             continue;
         char *message = layout.message(r.window(peer), epoch, peer, r.rank, token);
         push_part(part, layout.payload(message), pieces, Signal::pack(epoch, 0));
     }
 }
 
-// The weight of this lane's choice.
-EP_DEVICE float lane_weight(const DispatchArgs &a, int token, int index,
-                            const LineDispatchShared &shared) {
-    return merged_weight(shared.choices + index * a.round.topk, weights_of(a, token), Warp::rank(),
-                         a.round.topk);
-}
-
-// Sends the head of one message, also of an empty one. `index`: of the token in its chunk. One
-// warp.
-EP_DEVICE void send_head(const DispatchArgs &a, uint64_t epoch, int token, int index, int peer,
-                         LineDispatchShared *shared) {
+// Sends the heads of a chunk's messages, also of empty ones: without them nobody can place a row.
+// `weight`: of the lane's choice of the warp's first token.
+EP_DEVICE void send_heads(const DispatchArgs &a, uint64_t epoch, const LineChunk &chunk,
+                          float weight, LineDispatchShared *shared) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
-    if (shared->active[peer] == 0) return;
     Entry *entries = shared->warps[Warp::index_in_block()].entries;
-    const ExpertRange range = ExpertRange::of(layout, peer);
-    const LaneChoice choice = LaneChoice::of(r, index, *shared);
-    const Votes had = Warp::count(range.has(choice.expert));
-    if (range.has(choice.expert))
-        entries[had.lower] = {choice.expert - range.first, choice.position,
-                              lane_weight(a, token, index, *shared), 0};
-    Warp::sync();
     const int at = LineLane::line() * Layout::kPiecesOfLine + LineLane::piece();
-    Vector piece{};
-    if (LineLane::has_signal())
-        piece = {{Signal::pack(epoch, had.total), 0}};
-    else if (at < had.total)
-        piece = bit_cast<Vector>(entries[at]);
     const bool here = LineLane::line() < static_cast<int>(layout.head_bytes / Layout::kLineBytes);
-    char *message = layout.message(r.window(peer), epoch, peer, r.rank, token);
-    push(message + Warp::rank() * Layout::kPieceBytes, here, LineLane::has_signal(), piece);
-    Warp::sync();  // before the next message's entries take the place of this one's
-}
-
-EP_DEVICE void send_heads(const DispatchArgs &a, uint64_t epoch, const LineChunk &chunk,
-                          LineDispatchShared *shared) {
-    const int ranks = a.round.layout.shape.rank_count, peers = ranks - 1;
-    for (int i = chunk.warp; i < chunk.token_count() * peers; i += chunk.warp_count) {
-        const int index = i / peers;
-        send_head(a, epoch, chunk.tokens.begin + index, index,
-                  (a.round.rank + 1 + i % peers) % ranks, shared);
+    EP_ROLLED
+    for (int i = chunk.warp; i < chunk.token_count(); i += chunk.warp_count) {
+        const int token = chunk.tokens.begin + i;
+        const LaneChoice choice = LaneChoice::of(r, token, *shared);
+        if (i != chunk.warp) weight = lane_weight(a, token);
+        const float whole = merged(weight, choice.expert, r.topk);
+        EP_ROLLED
+        for (int step = 1; step < layout.shape.rank_count; ++step) {
+            const int peer = peer_at(r, step);
+            if (shared->active[peer] == 0) continue;
+            const ExpertRange range = ExpertRange::of(layout, peer);
+            const Votes had = Warp::count(range.has(choice.expert));
+            if (range.has(choice.expert))
+                entries[had.lower] = {choice.expert - range.first, choice.position, whole, 0};
+            Warp::sync();
+            Vector piece{};
+            if (LineLane::has_signal())
+                piece = {{Signal::pack(epoch, had.total), 0}};
+            else if (at < had.total)
+                piece = bit_cast<Vector>(entries[at]);
+            push(layout.message(r.window(peer), epoch, peer, r.rank, token) +
+                     Warp::rank() * Layout::kPieceBytes,
+                 here, LineLane::has_signal(), piece);
+            Warp::sync();  // before the next message's entries take the place of this one's
+        }
     }
 }
 
 // ---- Placing ------------------------------------------------------------------------------------
 
-// The row of an entry of `source`; -1 if the entry breaks a limit, which only a faulty peer's can.
-EP_DEVICE int32_t line_row_of(const Round &r, int source, int expert, int position,
+// What a lane knows of a token's entries here.
+struct LaneEntry {
+    bool here;
+    int index;  // among the token's
+    int32_t expert, position;
+    float weight;
+};
+
+// A token of some rank, and how many entries it has here.
+struct Arrived {
+    int source, token, count;
+};
+
+// The row of an entry; -1 if the entry breaks a limit, which only a faulty peer's can.
+EP_DEVICE int32_t line_row_of(const Round &r, int source, const LaneEntry &entry,
                               const LineDispatchShared &shared) {
     const int experts = r.layout.local_expert_count;
-    if (expert < 0 || expert >= experts) return -1;
-    const int32_t *begin = shared.begins + source * experts + expert;
-    if (position < 0 || position >= begin[experts] - begin[0]) return -1;
-    return expert * r.layout.shape.rank_count * r.layout.shape.token_count_max + begin[0] +
-           position;
+    if (entry.expert < 0 || entry.expert >= experts) return -1;
+    const int32_t *begin = shared.begins + source * experts + entry.expert;
+    if (entry.position < 0 || entry.position >= begin[experts] - begin[0]) return -1;
+    return entry.expert * r.layout.shape.rank_count * r.layout.shape.token_count_max + begin[0] +
+           entry.position;
 }
 
-// Writes a part to the rows of its warp. One warp.
+// Writes a part of a token to the rows of its entries; with part 0, also what combine needs. One
+// warp.
 template <Element kOut>
-EP_DEVICE void place_rows(const DispatchArgs &a, const int32_t *rows, int count,
-                          const Part &part, const Pieces &pieces) {
-    const size_t row_bytes = size_t(a.round.hidden) * element_bytes(kOut);
-    for (int i = 0; i < count; ++i) {
-        const Target to = place_of(a, rows[i]);
-        if (to.row != nullptr)
-            place_part<kOut == Element::kFp8>(part, pieces, row_bytes, to,
-                                              a.round.hidden / kScaleGroup);
-    }
-}
-
-// Remembers an entry for combine.
-EP_DEVICE void keep_entry(const DispatchArgs &a, size_t slot, int token, int index, int32_t row,
-                          float weight) {
-    const Routing &routing = a.round.routing;
-    const size_t at = slot * a.round.layout.shape.topk_max + index;
-    routing.rows[at] = row;
-    routing.weights[at] = weight;
-    if (row < 0) fetch_add(&a.round.state->invalid_messages, uint64_t{1});
-    if (row >= 0 && a.out_src_info != nullptr) a.out_src_info[row] = token;
-}
-
-EP_DEVICE size_t slot_of(const Round &r, int source, int token) {
-    return size_t(source) * r.layout.shape.token_count_max + token;
-}
-
-// Places a part of this rank's own token; that of part 0 remembers it. One warp.
-template <Element kOut>
-EP_DEVICE void place_own_part(const DispatchArgs &a, int token, int index, const Part &part,
-                              const Pieces &pieces, LineDispatchShared *shared) {
+EP_DEVICE void place_entries(const DispatchArgs &a, const Arrived &arrived, const LaneEntry &entry,
+                             const Part &part, const Pieces &pieces, LineDispatchShared *shared) {
     const Round &r = a.round;
-    int32_t *rows = shared->warps[Warp::index_in_block()].rows;
-    const ExpertRange range = ExpertRange::of(r.layout, r.rank);
-    const LaneChoice choice = LaneChoice::of(r, index, *shared);
-    const bool own = range.has(choice.expert);
-    const Votes had = Warp::count(own);
-    const int32_t row =
-        own ? line_row_of(r, r.rank, choice.expert - range.first, choice.position, *shared) : -1;
-    if (own) rows[had.lower] = row;
+    Target *targets = shared->warps[Warp::index_in_block()].targets;
+    const int32_t row = entry.here ? line_row_of(r, arrived.source, entry, *shared) : -1;
+    if (entry.here) targets[entry.index] = place_of(a, row);
     Warp::sync();
-    place_rows<kOut>(a, rows, had.total, part, pieces);
+    EP_ROLLED
+    for (int i = 0; i < arrived.count; ++i) {
+        const Target to = targets[i];
+        if (to.row != nullptr)
+            place_part<kOut == Element::kFp8>(part, pieces,
+                                              size_t(r.hidden) * element_bytes(kOut), to,
+                                              r.hidden / kScaleGroup);
+    }
     if (part.index == 0) {
-        const size_t slot = slot_of(r, r.rank, token);
-        if (own) keep_entry(a, slot, token, had.lower, row, lane_weight(a, token, index, *shared));
-        if (Warp::rank() == 0) r.routing.row_counts[slot] = had.total;
+        const size_t slot =
+            size_t(arrived.source) * r.layout.shape.token_count_max + arrived.token;
+        if (Warp::rank() == 0) r.routing.row_counts[slot] = arrived.count;
+        if (entry.here) {
+            const size_t at = slot * r.layout.shape.topk_max + entry.index;
+            r.routing.rows[at] = row;
+            r.routing.weights[at] = entry.weight;
+            if (row < 0) fetch_add(&r.state->invalid_messages, uint64_t{1});
+            if (row >= 0 && a.out_src_info != nullptr) a.out_src_info[row] = arrived.token;
+        }
     }
     Warp::sync();  // before the next token's rows take the place of this one's
 }
 
-// Sends a chunk, and places its tokens' rows on this rank. A warp's first part is read before all
-// else, and sent before its token has numbers.
-template <bool kCast, Element kType>
-EP_DEVICE void send_line_chunk(const DispatchArgs &a, uint64_t epoch, int sender,
-                               LineDispatchShared *shared) {
-    const Round &r = a.round;
-    constexpr Element kOut = kCast ? Element::kFp8 : kType;
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kOut);
-    const LineChunk chunk = LineChunk::of(r, sender);
-    const int parts = Part::count(row_bytes), items = chunk.token_count() * parts;
-    RowPart<kCast, kType> row{};
-    const auto read = [&](int item) {
-        row.read(a, chunk.tokens.begin + item / parts, Part(item % parts, row_bytes));
-    };
-    const auto send = [&](int item) {
-        const Part part(item % parts, row_bytes);
-        row.finish(a, part);
-        const int index = item / parts;
-        if (r.sends())
-            send_part(a, epoch, chunk.tokens.begin + index,
-                      LaneChoice::of(r, index, *shared).expert, *shared, part, row.pieces);
-    };
-    const auto place = [&](int item) {
-        const int index = item / parts;
-        place_own_part<kOut>(a, chunk.tokens.begin + index, index, Part(item % parts, row_bytes),
-                             row.pieces, shared);
-    };
-    if (chunk.warp < items) read(chunk.warp);
-    if (r.sends())
-        learn_choices(a, chunk, shared);
-    else
-        recall_choices(r, chunk, shared);
-    if (chunk.warp < items) send(chunk.warp);
-    if (r.sends()) {
-        number_line_chunk(r, chunk, shared);
-        send_heads(a, epoch, chunk, shared);
-    }
-    if (r.receives()) {
-        await_begins(r, epoch, shared);
-        if (chunk.warp < items) place(chunk.warp);
-    }
-    for (int item = chunk.warp + chunk.warp_count; item < items; item += chunk.warp_count) {
-        read(item);
-        send(item);
-        if (r.receives()) place(item);
-    }
+// This rank's own token, whose choices have these weights.
+EP_DEVICE LaneEntry own_entry(const Round &r, float weight, Arrived *own,
+                              const LineDispatchShared &shared) {
+    const ExpertRange range = ExpertRange::of(r.layout, r.rank);
+    const LaneChoice choice = LaneChoice::of(r, own->token, shared);
+    const bool here = range.has(choice.expert);
+    const Votes had = Warp::count(here);
+    own->count = had.total;
+    return {here, had.lower, choice.expert - range.first, choice.position,
+            merged(weight, choice.expert, r.topk)};
 }
 
 // ---- Receiving ----------------------------------------------------------------------------------
 
-// Waits for a message's head, and for one part of its row unless the message is empty. Returns the
-// number of entries: 0 also if the source has failed, -1 if it breaks a limit.
-EP_DEVICE int await_part(const Wait &wait, uint64_t epoch, int source, int token,
-                         const Part &part, Vector *head, Pieces *pieces) {
+// The message that is number i of those to be received, in the order in which they are sent. False if
+// there is no such token.
+EP_DEVICE bool find_message(const Round &r, int i, const LineDispatchShared &shared,
+                            Arrived *arrived) {
+    const int peers = r.layout.shape.rank_count - 1;
+    const int message = r.parts.quotient(i);
+    arrived->token = peers == 1 ? message : message / peers;
+    arrived->source = peer_at(r, 1 + message - arrived->token * peers);
+    return arrived->token < shared.tokens[arrived->source];
+}
+
+// Waits for a message's head, and for one part of its row unless the message is empty. It has no
+// entries if its source has failed. One warp.
+EP_DEVICE LaneEntry await_entry(const Wait &wait, uint64_t epoch, Arrived *arrived,
+                                const Part &part, Pieces *pieces) {
     const Round &r = wait.round;
     const Layout &layout = r.layout;
-    char *message = layout.message(r.window(r.rank), epoch, r.rank, source, token);
+    char *message =
+        layout.message(r.window(r.rank), epoch, r.rank, arrived->source, arrived->token);
     const char *const at[] = {message + Warp::rank() * Layout::kPieceBytes};
     const bool here[] = {LineLane::line() <
                          static_cast<int>(layout.head_bytes / Layout::kLineBytes)};
-    bool has_head = false, has_part = false;
+    Vector head[1] = {};
+    int said = 0;
+    EP_ROLLED
     for (uint32_t attempt = 0;; ++attempt) {
-        if (!has_head) has_head = pull(at, here, LineLane::has_signal(), epoch, head);
-        if (!has_part) has_part = pull_part(part, layout.payload(message), epoch, pieces);
+        const bool has_head = pull(at, here, LineLane::has_signal(), epoch, head);
+        const bool has_part = pull_part(part, layout.payload(message), epoch, pieces);
         if (has_head) {
-            const int count = entry_count(r, Warp::from(head->words[0], Layout::kPiecesOfLine));
-            if (count <= 0 || has_part) return count;
+            said = entry_count(r, Warp::from(head[0].words[0], Layout::kPiecesOfLine));
+            if (said <= 0 || has_part) break;
         }
-        if (!Warp::broadcast(int{is_active(r, source)})) return 0;
-        wait.lapse<Warp>(source, attempt);
+        if (!Warp::broadcast(int{is_active(r, arrived->source)})) {
+            said = 0;
+            break;
+        }
+        wait.lapse<Warp>(arrived->source, attempt);
     }
-}
-
-// Waits for one part of a message, and places it; that of part 0 remembers it. One warp.
-template <Element kOut>
-EP_DEVICE void receive_part(const DispatchArgs &a, const Wait &wait, uint64_t epoch, int source,
-                            int token, const Part &part, LineDispatchShared *shared) {
-    const Round &r = a.round;
-    int32_t *rows = shared->warps[Warp::index_in_block()].rows;
-    Vector head{};
-    Pieces pieces;
-    const int said = await_part(wait, epoch, source, token, part, &head, &pieces);
-    const int count = said < 0 ? 0 : said;
+    if (said < 0 && part.index == 0 && Warp::rank() == 0)
+        fetch_add(&r.state->invalid_messages, uint64_t{1});
+    arrived->count = said < 0 ? 0 : said;
     const int index = LineLane::line() * Layout::kPiecesOfLine + LineLane::piece();
-    const bool has_entry = !LineLane::has_signal() && index < count;
-    const auto entry = bit_cast<Entry>(head);
-    const int32_t row =
-        has_entry ? line_row_of(r, source, entry.local_expert, entry.position, *shared) : -1;
-    if (has_entry) rows[index] = row;
-    Warp::sync();
-    place_rows<kOut>(a, rows, count, part, pieces);
-    if (part.index == 0) {
-        const size_t slot = slot_of(r, source, token);
-        if (has_entry) keep_entry(a, slot, token, index, row, entry.weight);
-        if (Warp::rank() == 0) r.routing.row_counts[slot] = count;
-        if (Warp::rank() == 0 && said < 0) fetch_add(&r.state->invalid_messages, uint64_t{1});
-    }
-    Warp::sync();  // before the next token's rows take the place of this one's
+    const auto entry = bit_cast<Entry>(head[0]);
+    return {!LineLane::has_signal() && index < said, index, entry.local_expert, entry.position,
+            entry.weight};
 }
 
-// The messages of all sources, a warp for each part, in about the order in which they are sent: of
-// each chunk the first token, then of each the second.
-template <Element kOut>
-EP_DEVICE void receive_by_line(const DispatchArgs &a, uint64_t epoch, const Role &role,
-                               LineDispatchShared *shared) {
+// ---- All roles ----------------------------------------------------------------------------------
+
+// What a block does before its first item, once that is on its way.
+EP_DEVICE void begin_block(const DispatchArgs &a, uint64_t epoch, const LineBlock &block,
+                           const LineChunk &chunk, LineDispatchShared *shared) {
     const Round &r = a.round;
-    const size_t row_bytes = size_t(r.hidden) * element_bytes(kOut);
-    const int ranks = r.layout.shape.rank_count, most = r.layout.shape.token_count_max;
-    const int parts = Part::count(row_bytes), warps = Warp::count_in_block();
-    const int chunks = most < r.chunk_count ? most : r.chunk_count;
-    const Wait wait(r);
-    await_begins(r, epoch, shared);
-    const int items = (most + chunks - 1) / chunks * (ranks - 1) * chunks * parts;
-    for (int i = Warp::index_in_block() * role.receiver_count + role.receiver; i < items;
-         i += role.receiver_count * warps) {
-        const int message = i / parts, index = message % chunks, in_step = message / chunks;
-        const int source = (r.rank + 1 + in_step % (ranks - 1)) % ranks;
-        const int tokens = shared->tokens[source], used = tokens < chunks ? tokens : chunks;
-        if (index >= used) continue;
-        const Chunk chunk = Chunk::of(index, used, tokens);
-        const int token = chunk.begin + in_step / (ranks - 1);
-        if (token < chunk.end)
-            receive_part<kOut>(a, wait, epoch, source, token, Part(i % parts, row_bytes), shared);
+    const int head = chunk.tokens.begin + chunk.warp;  // the first that this warp sends
+    const bool has_head = block.role == LineRole::kReceiver && head < chunk.tokens.end;
+    const float weight = has_head ? lane_weight(a, head) : 1.0f;
+    prepare(r, shared);
+    if (block.role == LineRole::kSender) {
+        Block::sync();
+        return;
     }
+    if (r.sends())
+        learn_choices(a, block, chunk, shared);
+    else
+        recall_choices(r, chunk, shared);
+    if (block.role == LineRole::kCounter) {
+        if (r.sends()) tell_counts(r, epoch, shared);
+        if (r.receives()) decide_sources(a, epoch, shared);
+    }
+    if (block.role != LineRole::kReceiver) return;
+    if (r.sends()) send_heads(a, epoch, chunk, weight, shared);
+    if (r.receives()) await_begins(r, epoch, shared);
 }
 
-// ---- Roles --------------------------------------------------------------------------------------
+// A warp's items are parts of rows: a sender's, those of all tokens; a receiver's, those of its chunk
+// and of messages.
+template <bool kCast, Element kType>
+EP_DEVICE void move_parts(const DispatchArgs &a, uint64_t epoch, const LineBlock &block,
+                          LineDispatchShared *shared) {
+    const Round &r = a.round;
+    constexpr Element kOut = kCast ? Element::kFp8 : kType;
+    const size_t row_bytes = size_t(r.hidden) * element_bytes(kOut);
+    const int parts = r.parts.value, most = r.layout.shape.token_count_max;
+    const bool sends = block.role == LineRole::kSender;
+    const bool receives = block.role == LineRole::kReceiver && r.receives();
+    const LineChunk chunk = LineChunk::of(r, block);
+    const int own = sends || receives ? chunk.token_count() * parts : 0;
+    const int messages = receives ? most * (r.layout.shape.rank_count - 1) * parts : 0;
+    const int message_step = block.count * Warp::count_in_block();
+    int item = chunk.warp;
+    // From the last warp on: the first have own tokens.
+    int message = (Warp::count_in_block() - 1 - Warp::index_in_block()) * block.count + block.index;
+    const Wait wait(r);
+    RowPart<kCast, kType> row{};
+    EP_ROLLED
+    for (bool first = true; first || item < own || message < messages; first = false) {
+        const bool is_own = item < own;
+        const int index = r.parts.quotient(is_own ? item : message);
+        const Part part((is_own ? item : message) - index * parts, row_bytes);
+        const int token = chunk.tokens.begin + index;
+        Arrived arrived{r.rank, token, 0};
+        int64_t expert = Routing::kNoChoice;
+        float weight = 1;
+        if (is_own) row.read(a, token, part);
+        if (sends && is_own && Warp::rank() < r.topk)
+            expert = topk_idx_at(a, token * r.topk + Warp::rank());
+        if (is_own && !sends) weight = lane_weight(a, token);
+        if (first) begin_block(a, epoch, block, chunk, shared);
+        LaneEntry entry{};
+        if (is_own) {
+            row.finish(a, part);
+            item += chunk.warp_count;
+            if (sends) {
+                send_part(r, epoch, token, expert, *shared, part, row.pieces);
+                continue;
+            }
+            entry = own_entry(r, weight, &arrived, *shared);
+        } else {
+            const int number = message;
+            message += message_step;
+            if (number >= messages || !find_message(r, number, *shared, &arrived)) continue;
+            entry = await_entry(wait, epoch, &arrived, part, &row.pieces);
+        }
+        place_entries<kOut>(a, arrived, entry, part, row.pieces, shared);
+    }
+}
 
 template <bool kCast, Element kType>
-EP_KERNEL dispatch_by_line(const DispatchArgs a) {
+EP_WIDE_KERNEL(kMovingThreads) dispatch_by_line(const DispatchArgs a) {
     after_launches_before();
     EP_SHARED(LineDispatchShared, shared);
     const Round &r = a.round;
-    const Role role = Role::of(r);
+    const LineBlock block = LineBlock::of(r);
     const uint64_t epoch = dispatch_epoch_of(r);
-    if (role.counts) prepare(r, &shared);
-    if (role.counts && r.sends()) tell_counts(a, epoch, &shared);
-    if (role.counts && r.receives()) decide_sources(a, epoch, &shared);
-    if (role.sender >= 0) send_line_chunk<kCast, kType>(a, epoch, role.sender, &shared);
-    if (role.receiver >= 0 && r.receives())
-        receive_by_line<kCast ? Element::kFp8 : kType>(a, epoch, role, &shared);
+    if (block.has_work(r)) move_parts<kCast, kType>(a, epoch, block, &shared);
     if (r.sends()) hand_in(&r.state->dispatch_tickets);
 }
 
@@ -524,16 +582,25 @@ template <bool kCast, Element kType>
 int launch_dispatch_by_line(DispatchArgs args, Phases phases, const Queue &queue) {
     Round &r = args.round;
     const Shape &shape = r.layout.shape;
-    const int64_t parts =
+    const int parts =
         Part::count(size_t(r.hidden) * element_bytes(kCast ? Element::kFp8 : kType));
-    // Several blocks for the parts of each token while there are blocks.
     const int tokens = r.token_count < 1 ? 1 : r.token_count;
-    const int blocks = kBlocksOfProcessor * queue.block_count / tokens;
-    const int useful = static_cast<int>(parts + kPartsOfBlock - 1) / kPartsOfBlock;
-    r.senders_of_chunk = blocks < 1 ? 1 : blocks < useful ? blocks : useful;
-    set_line_roles(&r, queue, tokens * parts, r.senders_of_chunk,
-                   (shape.rank_count - 1) * shape.token_count_max * parts);
-    launch_phases(dispatch_by_line<kCast, kType>, args, phases, queue);
+    const int senders = wide_sender_block_count_max(queue);
+    const int64_t own = int64_t(tokens) * parts;
+    const int64_t messages = int64_t(shape.rank_count - 1) * shape.token_count_max * parts;
+    r.sender_block_count = blocks_for(own, senders);
+    // Several receivers for the parts of each token while there are blocks.
+    const int blocks = blocks_for(own + messages, queue.block_count - 1 - senders);
+    const int wanted = blocks_for(parts, blocks);
+    r.receivers_of_chunk = blocks < tokens            ? 1
+                           : blocks / tokens < wanted ? blocks / tokens
+                                                      : wanted;
+    r.receiver_block_count = blocks / r.receivers_of_chunk * r.receivers_of_chunk;
+    r.parts = Divisor::of(parts);
+    r.local_experts = Divisor::of(r.layout.local_expert_count < 1 ? 1 : r.layout.local_expert_count);
+    r.phases = phases;  // receivers have work in each
+    launch_wide(dispatch_by_line<kCast, kType>, args, queue,
+                1 + r.sender_block_count + r.receiver_block_count, kMovingThreads);
     return launch_error();
 }
 

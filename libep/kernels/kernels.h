@@ -48,6 +48,20 @@ EP_HOST_DEVICE constexpr bool has_phase(Phases phases, Phases one) {
 
 constexpr int kWindowsAtHand = 8;
 
+// Division of what is below 2^24 by what the host knows, without dividing.
+struct Divisor {
+    static constexpr int kBits = 40;
+
+    int32_t value;
+    uint64_t inverse;  // times 2^kBits, rounded up
+
+    static Divisor of(int value) {
+        return {value, ((uint64_t{1} << kBits) + value - 1) / value};
+    }
+    EP_HOST_DEVICE int quotient(int n) const { return static_cast<int>(n * inverse >> kBits); }
+    EP_HOST_DEVICE int rest(int n) const { return n - quotient(n) * value; }
+};
+
 // What any round knows.
 struct Round {
     Layout layout;
@@ -66,8 +80,11 @@ struct Round {
     // Of the launch, filled in by its launcher; see Role.
     Phases phases;
     int sender_block_count, receiver_block_count;
-    int chunk_count;  // of tokens: by flag, for counting; by line, of a source as receivers see it
-    int senders_of_chunk;  // by line: blocks beside each other that share one
+    int choice_bits;  // that tell apart the experts and what is none
+    int chunk_count;  // of tokens, for counting by flag
+    // By line: receivers beside each other that share a chunk, parts of a row, experts of a rank.
+    int receivers_of_chunk;
+    Divisor parts, local_experts;
 
     EP_HOST_DEVICE char *window(int of_rank) const {
         return of_rank < kWindowsAtHand ? first_windows[of_rank] : windows[of_rank];

@@ -71,27 +71,18 @@ struct Part {
     }
 };
 
-// How many parts a block has at least, as far as there are so many: one for each of its warps that
-// run at the same time.
-constexpr int kPartsOfBlock = kWarpsOfBlockMax < 4 ? kWarpsOfBlockMax : 4;
+// Blocks for so many parts, as far as there are so many: a block then has one for each of its warps
+// that run at the same time.
+inline int blocks_for(int64_t part_count, int most) {
+    constexpr int kPartsOfBlock = kWarpsOfBlockMax < 4 ? kWarpsOfBlockMax : 4;
+    const int64_t blocks = (part_count + kPartsOfBlock - 1) / kPartsOfBlock;
+    return static_cast<int>(blocks < 1 || most < 1 ? 1 : blocks < most ? blocks : most);
+}
 
-// Shares out the blocks of a launch that sends and receives so many parts by line, the senders in
-// steps of so many blocks. If there is a warp for each part, senders may fill the device, and
-// receivers follow when they are done; a block then has few parts, so that the warps of a
-// multiprocessor do not wait for each other. Else both run beside each other.
-inline void set_line_roles(Round *round, const Queue &queue, int64_t send_count, int send_step,
-                           int64_t receive_count) {
-    const int all = kBlocksOfProcessor * queue.block_count;
-    const bool few = send_count <= int64_t(all) * kWarpsOfBlockMax;
-    const auto blocks_for = [](int64_t parts, int most) {
-        const int64_t blocks = (parts + kPartsOfBlock - 1) / kPartsOfBlock;
-        return static_cast<int>(blocks < 1 ? 1 : blocks < most ? blocks : most);
-    };
-    const int senders = blocks_for(send_count, few ? all : sender_block_count_max(queue));
-    round->sender_block_count = senders < send_step ? send_step : senders / send_step * send_step;
-    round->receiver_block_count =
-        blocks_for(receive_count, few ? all : receiver_block_count_max(queue));
-    round->chunk_count = sender_block_count_max(queue);
+// The blocks that send rows, of those that have a multiprocessor each: few fill a link.
+inline int wide_sender_block_count_max(const Queue &queue) {
+    constexpr int kProcessorsOfSender = 6;
+    return (queue.block_count + kProcessorsOfSender - 1) / kProcessorsOfSender;
 }
 
 // What the lanes of a warp hold of a part.

@@ -22,6 +22,7 @@ struct ExpertRange {
 template <class Choice>
 EP_DEVICE float merged_weight(const Choice *choices, const float *weights, int k, int topk) {
     float sum = weights == nullptr ? 1.0f : weights[k];
+    EP_ROLLED
     for (int other = k + 1; other < topk; ++other)
         if (choices[other] == Routing::repeat_of(choices[k]))
             sum += weights == nullptr ? 1.0f : weights[other];
@@ -173,9 +174,10 @@ inline void set_roles(Round *round, const Queue &queue, int send_count, int rece
     round->receiver_block_count = kRolesApart ? between(receive_count, receivers) : receivers;
 }
 
-// Launches a kernel that has roles.
-template <class Args>
-void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &queue) {
+// Launches a kernel that has roles, in blocks that `launch_one` launches.
+template <class Args, class Launch>
+void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &queue,
+                   Launch launch_one) {
     Round &r = args.round;
     const int receivers = has_phase(phases, Phases::kReceive) ? r.receiver_block_count : 0;
     const int blocks = kRolesApart ? 1 + r.sender_block_count + receivers : r.sender_block_count;
@@ -184,8 +186,12 @@ void launch_phases(void (*kernel)(Args), Args args, Phases phases, const Queue &
         const bool now =
             kRolesApart ? one == phases : one != Phases::kBoth && has_phase(phases, one);
         r.phases = one;
-        if (now) launch(kernel, args, queue, blocks);
+        if (now) launch_one(kernel, args, queue, blocks);
     }
+}
+template <class Args>
+void launch_phases(void (*kernel)(Args), const Args &args, Phases phases, const Queue &queue) {
+    launch_phases(kernel, args, phases, queue, launch<Args>);
 }
 
 }  // namespace ep::EP_DEVICE_NAMESPACE

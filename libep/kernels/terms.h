@@ -45,6 +45,7 @@ EP_DEVICE void sum_terms(const Terms &terms, Channel channel, Floats (&sums)[kPa
     using Type = TypeOf<kType>;
     constexpr int kCount = sizeof(Floats) / sizeof(float);
     constexpr int kTermsAtOnce = kTermLoads < kPacks ? 1 : kTermLoads / kPacks;
+    EP_ROLLED
     for (int first = 0; first < terms.count; first += kTermsAtOnce) {
         // As they are in memory, which takes fewer registers.
         decltype(fetch_row<Type, kCount>(nullptr)) values[kTermsAtOnce][kPacks] = {};
