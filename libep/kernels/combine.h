@@ -233,12 +233,12 @@ template <Element kType, Element kPartial>
 int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
     Round &r = args.round;
     const Shape &shape = r.layout.shape;
-    r.phases = Phases::kSend;
-    if (has_phase(phases, Phases::kSend) && args.topk_weights != nullptr)
-        launch_all(combine_weights, args, queue, r.token_count);
     if constexpr (kLineTokenCountMax > 0)
         if (shape.carriage == Carriage::kLine)
             return launch_combine_by_line<kType, kPartial>(args, phases, queue);
+    r.phases = Phases::kSend;
+    if (has_phase(phases, Phases::kSend) && args.topk_weights != nullptr)
+        launch_all(combine_weights, args, queue, r.token_count);
     set_roles(&r, queue, (shape.rank_count - 1) * shape.token_count_max, r.token_count);
     launch_phases(combine_kernel<kType, kPartial>, args, phases, queue);
     return launch_error();

@@ -12,6 +12,8 @@
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
+constexpr int kWeightsOfPiece = static_cast<int>(Layout::kPieceBytes / sizeof(float));
+
 // How many channels a piece of a partial row holds.
 template <Element kPartial>
 constexpr int kPieceChannels = static_cast<int>(Layout::kPieceBytes) / element_bytes(kPartial);
@@ -34,6 +36,71 @@ EP_DEVICE void sum_part(const Part &part, const Terms &terms, size_t row_bytes,
             return part.has_piece(step, row_bytes) ? part.piece(step) * kChannels : -1;
         },
         sums->steps);
+}
+
+// ---- Weights that come only now -----------------------------------------------------------------
+
+// What the threads of a block share.
+struct LineWeightsShared {
+    float values[kWarpsOfBlockMax][kTopkMax];
+};
+
+// Before the launch that sums. A warp per own token, which sends each of its ranks a line with a
+// weight for each entry of the message that this rank had of the token.
+EP_KERNEL combine_weights_by_line(const CombineArgs a) {
+    after_launches_before();
+    EP_SHARED(LineWeightsShared, shared);
+    const Round &r = a.round;
+    const Layout &layout = r.layout;
+    const uint64_t epoch = combine_epoch_of(r);
+    float *values = shared.values[Warp::index_in_block()];
+    EP_ROLLED
+    for (int token = grid_index<Warp>(); token < r.token_count; token += grid_count<Warp>()) {
+        const bool has = Warp::rank() < r.topk;
+        const int at = token * r.topk + Warp::rank();
+        const int32_t choice = has ? r.routing.choices[at] : Routing::kNoChoice;
+        const float weight = merged_in_lanes(has ? a.topk_weights[at] : 0, choice, r.topk);
+        EP_ROLLED
+        for (int peer = 0; peer < layout.shape.rank_count; ++peer) {
+            const ExpertRange range = ExpertRange::of(layout, peer);
+            const Votes had = Warp::count(range.has(choice));
+            const int active = is_active(r, peer);
+            if (peer == r.rank || had.total == 0 || !Warp::broadcast(active)) continue;
+            if (Warp::rank() < kTopkMax) values[Warp::rank()] = 0;
+            Warp::sync();
+            if (range.has(choice)) values[had.lower] = weight;
+            Warp::sync();
+            Vector piece = {{Signal::pack(epoch, 0), 0}};
+            if (LineLane::piece() < Layout::kPiecesOfLine)
+                __builtin_memcpy(&piece, values + LineLane::piece() * kWeightsOfPiece,
+                                 sizeof piece);
+            push(layout.weight(r.window(peer), epoch, peer, r.rank, token) +
+                     LineLane::piece() * Layout::kPieceBytes,
+                 LineLane::line() == 0, LineLane::has_signal(), piece);
+            Warp::sync();  // before the next weights take the place of these
+        }
+    }
+}
+
+// Waits for the weights of a token's terms. False if its owner is masked or has failed. One warp.
+EP_DEVICE bool await_line_weights(const Wait &wait, const Outgoing &out, Terms *terms) {
+    const Round &r = wait.round;
+    char *line = r.layout.weight(r.window(r.rank), out.epoch, r.rank, out.source, out.token);
+    const char *const at[] = {line + LineLane::piece() * Layout::kPieceBytes};
+    const bool here[] = {LineLane::line() == 0};
+    Vector piece[1] = {};
+    EP_ROLLED
+    for (uint32_t attempt = 0;; ++attempt) {
+        const int active = is_active(r, out.source);
+        const bool whole = pull(at, here, LineLane::has_signal(), out.epoch, piece);
+        if (!Warp::broadcast(active)) return false;
+        if (whole) break;
+        wait.lapse<Warp>(out.source, attempt);
+    }
+    if (here[0] && !LineLane::has_signal())
+        __builtin_memcpy(terms->weight + LineLane::piece() * kWeightsOfPiece, piece, sizeof piece);
+    Warp::sync();
+    return true;
 }
 
 // ---- Sending ------------------------------------------------------------------------------------
@@ -67,12 +134,7 @@ EP_DEVICE bool find_line_terms(const CombineArgs &a, const Wait &wait, const Out
     put_terms<kType>(a, slot, given ? nullptr : r.routing.weights + slot * topk_max, terms);
     Warp::sync();
     if (out.token >= tokens || !Warp::broadcast(active) || terms->count == 0) return false;
-    if (!given) return true;
-    const float *weights = await_weights(wait, out);
-    if (weights == nullptr) return false;
-    if (Warp::rank() < terms->count) terms->weight[Warp::rank()] = weights[Warp::rank()];
-    Warp::sync();
-    return true;
+    return !given || await_line_weights(wait, out, terms);
 }
 
 // ---- Receiving ----------------------------------------------------------------------------------
@@ -196,6 +258,9 @@ int launch_combine_by_line(CombineArgs args, Phases phases, const Queue &queue) 
         int64_t(shape.rank_count - 1) * shape.token_count_max * parts, senders);
     r.receiver_block_count = blocks_for(int64_t(r.token_count) * parts, receivers);
     r.parts = Divisor::of(parts);
+    r.phases = Phases::kSend;
+    if ((has_phase(phases, Phases::kSend) && args.topk_weights != nullptr) || queue.load_only)
+        launch_all(combine_weights_by_line, args, queue, r.token_count);
     launch_phases(combine_by_line<kType, kPartial>, args, phases, queue,
                   [](auto kernel, const CombineArgs &now, const Queue &on, int blocks) {
                       launch_wide(kernel, now, on, blocks, kSummingThreads);

@@ -74,11 +74,15 @@ struct LineChunk {
     EP_DEVICE int token_count() const { return tokens.end - tokens.begin; }
 };
 
-// Clears the sums, and learns who takes part. The whole block.
-EP_DEVICE void prepare(const Round &r, LineDispatchShared *shared) {
+// Clears the sums. The whole block.
+EP_DEVICE void clear_sums(const Round &r, LineDispatchShared *shared) {
     EP_ROLLED
     for (int e = Block::rank(); e < r.layout.shape.expert_count; e += Block::size())
         shared->sums[e] = 0;
+}
+
+// Learns who takes part. The whole block.
+EP_DEVICE void learn_active(const Round &r, LineDispatchShared *shared) {
     EP_ROLLED
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
         shared->active[peer] = is_active(r, peer);
@@ -105,7 +109,8 @@ EP_DEVICE void learn_choices(const DispatchArgs &a, const LineBlock &block, cons
             if (i + j * lanes.stride < last)
                 shared->choices[i + j * lanes.stride] = static_cast<int16_t>(experts[j]);
     }
-    Block::sync();  // the sums are clear now
+    learn_active(r, shared);  // after what takes longer is on its way
+    Block::sync();            // the sums are clear now
     EP_ROLLED
     for (int warp_first = lanes.place - Warp::rank(); warp_first < last;
          warp_first += lanes.stride) {
@@ -144,6 +149,7 @@ EP_DEVICE void recall_choices(const Round &r, const LineChunk &chunk, LineDispat
         shared->choices[i] = static_cast<int16_t>(r.routing.choices[i]);
         shared->positions[i] = static_cast<int16_t>(r.routing.positions[i]);
     }
+    learn_active(r, shared);
     Block::sync();
 }
 
@@ -159,23 +165,10 @@ struct LaneChoice {
     }
 };
 
-// Its weight as it was given; see merged().
+// Its weight as it was given; see merged_in_lanes().
 EP_DEVICE float lane_weight(const DispatchArgs &a, int token) {
     const float *weights = weights_of(a, token);
     return weights != nullptr && Warp::rank() < a.round.topk ? weights[Warp::rank()] : 1.0f;
-}
-
-// The weight of a lane's choice and of its repeats. One warp.
-EP_DEVICE float merged(float weight, int32_t expert, int topk) {
-    if (Warp::all(expert >= Routing::kNoChoice)) return weight;
-    float sum = weight;
-    EP_ROLLED
-    for (int lane = 0; lane < topk; ++lane) {
-        const int32_t other = Warp::from(expert, lane);
-        const float more = Warp::from(weight, lane);
-        if (lane > Warp::rank() && other == Routing::repeat_of(expert)) sum += more;
-    }
-    return sum;
 }
 
 // ---- Counting -----------------------------------------------------------------------------------
@@ -342,7 +335,7 @@ EP_DEVICE void send_heads(const DispatchArgs &a, uint64_t epoch, const LineChunk
         const int token = chunk.tokens.begin + i;
         const LaneChoice choice = LaneChoice::of(r, token, *shared);
         if (i != chunk.warp) weight = lane_weight(a, token);
-        const float whole = merged(weight, choice.expert, r.topk);
+        const float whole = merged_in_lanes(weight, choice.expert, r.topk);
         EP_ROLLED
         for (int step = 1; step < layout.shape.rank_count; ++step) {
             const int peer = peer_at(r, step);
@@ -433,7 +426,7 @@ EP_DEVICE LaneEntry own_entry(const Round &r, float weight, Arrived *own,
     const Votes had = Warp::count(here);
     own->count = had.total;
     return {here, had.lower, choice.expert - range.first, choice.position,
-            merged(weight, choice.expert, r.topk)};
+            merged_in_lanes(weight, choice.expert, r.topk)};
 }
 
 // ---- Receiving ----------------------------------------------------------------------------------
@@ -494,11 +487,12 @@ EP_DEVICE void begin_block(const DispatchArgs &a, uint64_t epoch, const LineBloc
     const int head = chunk.tokens.begin + chunk.warp;  // the first that this warp sends
     const bool has_head = block.role == LineRole::kReceiver && head < chunk.tokens.end;
     const float weight = has_head ? lane_weight(a, head) : 1.0f;
-    prepare(r, shared);
     if (block.role == LineRole::kSender) {
+        learn_active(r, shared);
         Block::sync();
         return;
     }
+    clear_sums(r, shared);
     if (r.sends())
         learn_choices(a, block, chunk, shared);
     else
@@ -599,8 +593,11 @@ int launch_dispatch_by_line(DispatchArgs args, Phases phases, const Queue &queue
     r.parts = Divisor::of(parts);
     r.local_experts = Divisor::of(r.layout.local_expert_count < 1 ? 1 : r.layout.local_expert_count);
     r.phases = phases;  // receivers have work in each
+    // Warps without rows to move count all the same, and hold up the others.
+    const bool few = own + messages <= int64_t(r.receiver_block_count) * 2 * kWarpsOfBlockMax;
     launch_wide(dispatch_by_line<kCast, kType>, args, queue,
-                1 + r.sender_block_count + r.receiver_block_count, kMovingThreads);
+                1 + r.sender_block_count + r.receiver_block_count,
+                few ? kWarpsOfBlockMax * kWarpSize : kMovingThreads);
     return launch_error();
 }
 

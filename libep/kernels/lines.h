@@ -81,7 +81,7 @@ inline int blocks_for(int64_t part_count, int most) {
 
 // The blocks that send rows, of those that have a multiprocessor each: few fill a link.
 inline int wide_sender_block_count_max(const Queue &queue) {
-    constexpr int kProcessorsOfSender = 6;
+    constexpr int kProcessorsOfSender = 8;
     return (queue.block_count + kProcessorsOfSender - 1) / kProcessorsOfSender;
 }
 

@@ -29,6 +29,19 @@ EP_DEVICE float merged_weight(const Choice *choices, const float *weights, int k
     return sum;
 }
 
+// The same where each lane has one of the token's choices, and its weight. One warp.
+EP_DEVICE float merged_in_lanes(float weight, int32_t choice, int topk) {
+    if (Warp::all(choice >= Routing::kNoChoice)) return weight;
+    float sum = weight;
+    EP_ROLLED
+    for (int lane = 0; lane < topk; ++lane) {
+        const int32_t other = Warp::from(choice, lane);
+        const float more = Warp::from(weight, lane);
+        if (lane > Warp::rank() && other == Routing::repeat_of(choice)) sum += more;
+    }
+    return sum;
+}
+
 // Calls visit(choice, k, index, weight) for each of a token's choices that is an expert of the
 // range, where index counts them in the order of k; returns how many there are. One warp, each lane
 // some.
