@@ -1,5 +1,6 @@
 // Times of dispatch and combine inside CUDA graphs, one process per rank:
-//   gpu_bench RANKS TOKENS HIDDEN EXPERTS TOPK bf16|fp8 [dispatch|combine: where weights are given]
+//   gpu_bench RANKS TOKENS HIDDEN EXPERTS TOPK bf16|fp8 [dispatch|combine [SMS]]
+// where weights are given to dispatch or to combine, and a launch may fill so many multiprocessors.
 // Prints, in microseconds per round, the median, the best and the 99th percentile over the replays;
 // each replay counts as its slowest rank.
 #include "mooncake_ep.h"
@@ -36,6 +37,7 @@ void check(cudaError_t error, const char *call) {
 struct Shape {
     int ranks, tokens, hidden, experts, topk;
     bool fp8, weights_at_combine;
+    int sms;  // 0: all
 };
 
 struct DeviceArray {
@@ -118,6 +120,7 @@ int run_rank(const Shape &s, int rank) {
     config.hidden = s.hidden;
     config.expert_count = s.experts;
     config.topk_max = s.topk;
+    config.sm_count_max = s.sms;
     CHECK(mep_buffer_create(group, &config, &buffer));
     CHECK(mep_handle_create(buffer, &handle));
 
@@ -191,7 +194,8 @@ int run_rank(const Shape &s, int rank) {
 
 int main(int argc, char **argv) {
     if (argc < 7) {
-        std::fprintf(stderr, "usage: %s RANKS TOKENS HIDDEN EXPERTS TOPK bf16|fp8 [combine]\n",
+        std::fprintf(stderr,
+                     "usage: %s RANKS TOKENS HIDDEN EXPERTS TOPK bf16|fp8 [dispatch|combine [SMS]]\n",
                      argv[0]);
         return 2;
     }
@@ -201,10 +205,12 @@ int main(int argc, char **argv) {
                       std::atoi(argv[4]),
                       std::atoi(argv[5]),
                       std::strcmp(argv[6], "fp8") == 0,
-                      argc > 7 && std::strcmp(argv[7], "combine") == 0};
-    std::printf("ranks=%d tokens=%d hidden=%d experts=%d topk=%d %s weights at %s\n", shape.ranks,
+                      argc > 7 && std::strcmp(argv[7], "combine") == 0,
+                      argc > 8 ? std::atoi(argv[8]) : 0};
+    std::printf("ranks=%d tokens=%d hidden=%d experts=%d topk=%d %s weights at %s", shape.ranks,
                 shape.tokens, shape.hidden, shape.experts, shape.topk, argv[6],
                 shape.weights_at_combine ? "combine" : "dispatch");
+    std::printf(shape.sms != 0 ? " on %d multiprocessors\n" : "\n", shape.sms);
     std::fflush(stdout);
     const int port = 20000 + getpid() % 20000;
     for (int rank = 0; rank < shape.ranks; ++rank) {

@@ -4,12 +4,13 @@
 #
 #   MEP_GTEST_SOURCE_DIR   GoogleTest's sources, where it is not installed
 #   MEP_CUDA_ARCHITECTURES default: native
+#   MEP_GPU_CHECK_STEPS    which steps to run, after the build; default: native python api memcheck racecheck bench peers
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 readonly DIR=$PWD/build/gpu-check
 readonly SHAPES=(
-    # ranks tokens hidden experts topk type weights
+    # ranks tokens hidden experts topk type weights multiprocessors
     "2 1 7168 256 8 bf16 dispatch"
     "2 32 7168 256 8 bf16 dispatch"
     "2 128 7168 256 8 fp8 dispatch"
@@ -18,10 +19,15 @@ readonly SHAPES=(
     "2 512 7168 256 8 bf16 dispatch"
     "2 2048 7168 16 2 bf16 dispatch"
     "2 2048 7168 16 4 bf16 dispatch"
+    "2 256 7168 256 8 bf16 dispatch"
+    "2 1024 7168 256 8 bf16 dispatch"
+    "2 2048 7168 256 8 bf16 dispatch"
     "2 4096 7168 256 8 fp8 dispatch"
     "2 4096 7168 256 8 bf16 dispatch"
+    "2 4096 7168 256 8 bf16 dispatch 32"
 )
 mkdir -p "$DIR"
+rm -f "$DIR"/*.log
 table=()
 failed=0
 
@@ -31,7 +37,7 @@ step() {
     shift 2
     echo "== $name"
     # The function, in a shell of its own that the deadline can end.
-    if timeout -k 10 "$limit" bash -c "$(declare -p DIR SHAPES; declare -f "$1"); \"\$@\"" bash "$@" \
+    if timeout -k 10 "$limit" bash -c "$(declare -p DIR SHAPES; declare -f); \"\$@\"" bash "$@" \
         >"$DIR/$name.log" 2>&1; then
         table+=("$(printf '%-12s %4d s  ok' "$name" $((SECONDS - start)))")
     else
@@ -48,23 +54,48 @@ build() {
     cmake -S . -B "$DIR/native" -G Ninja "${options[@]}" && cmake --build "$DIR/native"
 }
 
-tests() {
-    ctest --test-dir "$DIR/native" --output-on-failure -j "$(nproc)" -E '^gpu_test' &&
-        "$DIR/native/tests/native/gpu_test" # alone: others would share its GPUs
+native() {
+    ctest --test-dir "$DIR/native" --output-on-failure -j "$(nproc)" -E '^(gpu|api_cuda)_test' &&
+        "$DIR/native/tests/native/gpu_test" && # alone: others would share its GPUs
+        "$DIR/native/tests/native/api_cuda_test"
 }
 
-# The Python package over the library just built, beside the sources.
-python_tests() {
+# The Python package over the library just built, beside the sources; and what it needs to be found.
+use_python_package() {
     rm -rf "$DIR/python" && mkdir -p "$DIR/python" && cp -r python/mooncake_ep "$DIR/python/" &&
         python3 tools/gen_ffi.py include/mooncake_ep.h "$DIR/python/mooncake_ep" &&
         cp -L "$DIR/native/libmooncake_ep.so" "$DIR/python/mooncake_ep/" &&
-        PYTHONPATH="$DIR/python${PYTHONPATH:+:$PYTHONPATH}" python3 -m pytest -q tests/python/gpu
+        export PYTHONPATH="$DIR/python${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+python() { use_python_package && python3 -m pytest -q tests/python/gpu; }
+
+# The tests of the API, which otherwise run on the CPU.
+api() {
+    use_python_package && python3 -m pytest -q --backend cuda tests/python/test_dispatch.py \
+        tests/python/test_rounds.py tests/python/test_quant.py tests/python/test_buffer.py
 }
 
 # One rank: a tool that slows a kernel down a hundred times would make its peers miss their deadlines.
+# Messages by line, where they may go so, and by flag.
 sanitize() {
-    compute-sanitizer --tool "$1" --error-exitcode 1 "$DIR/native/tests/native/gpu_test" \
-        --gtest_filter='Cuda.PassesUnderASanitizer'
+    local lines
+    for lines in 1 0; do
+        MOONCAKE_EP_LINES=$lines compute-sanitizer --tool "$1" --error-exitcode 1 \
+            "$DIR/native/tests/native/gpu_test" --gtest_filter='Cuda.PassesUnderASanitizer' || return
+    done
+}
+memcheck() { sanitize memcheck; }
+racecheck() { sanitize racecheck; }
+
+peers() {
+    use_python_package || return
+    local shape
+    for shape in "--tokens 128 --experts 256 --topk 8 --payload fp8" "--tokens 128 --experts 256 --topk 8" \
+        "--tokens 2048 --experts 16 --topk 2"; do
+        # shellcheck disable=SC2086
+        timeout 100 python3 benchmarks/peers/compare.py --hidden 7168 $shape || return
+    done
 }
 
 bench() {
@@ -77,24 +108,28 @@ bench() {
 
 nvidia-smi -L || { echo "no NVIDIA GPU here"; exit 1; }
 step build 600 build
-step tests 600 tests
-if python3 -c 'import cffi, pytest, torch' 2>/dev/null; then
-    step python_tests 300 python_tests
-else
-    table+=("python_tests: skipped, python3 has not all of cffi, pytest and torch")
-fi
-if command -v compute-sanitizer >/dev/null; then
-    step memcheck 200 sanitize memcheck
-    step racecheck 200 sanitize racecheck
-else
-    table+=("memcheck, racecheck: skipped, no compute-sanitizer")
-fi
-step bench 400 bench
+for name in ${MEP_GPU_CHECK_STEPS-native python api memcheck racecheck bench peers}; do
+    case $name in
+        python | api | peers)
+            python3 -c 'import cffi, pytest, torch' 2>/dev/null ||
+                { table+=("$name: skipped, python3 has not all of cffi, pytest and torch"); continue; }
+            ;;
+        memcheck | racecheck)
+            command -v compute-sanitizer >/dev/null ||
+                { table+=("$name: skipped, no compute-sanitizer"); continue; }
+            ;;
+    esac
+    step "$name" 600 "$name"
+done
 echo
-[ ! -f "$DIR/bench.log" ] || cat "$DIR/bench.log"
+for name in bench peers; do
+    [ ! -f "$DIR/$name.log" ] || cat "$DIR/$name.log"
+done
 echo
-grep -hE 'tests passed|PASSED|SKIPPED' "$DIR/tests.log"
-[ ! -f "$DIR/python_tests.log" ] || tail -n 1 "$DIR/python_tests.log"
+[ ! -f "$DIR/native.log" ] || grep -hE 'tests passed|PASSED|SKIPPED|FAILED' "$DIR/native.log"
+for name in python api; do
+    [ ! -f "$DIR/$name.log" ] || tail -n 1 "$DIR/$name.log"
+done
 git log -1 --format='commit %h' 2>/dev/null
 printf '%s\n' "${table[@]}"
 exit $failed
