@@ -194,9 +194,10 @@ int run_rank(const Shape &s, int rank) {
 
 int main(int argc, char **argv) {
     if (argc < 7) {
-        std::fprintf(stderr,
-                     "usage: %s RANKS TOKENS HIDDEN EXPERTS TOPK bf16|fp8 [dispatch|combine [SMS]]\n",
-                     argv[0]);
+        std::fprintf(
+            stderr,
+            "usage: %s RANKS TOKENS HIDDEN EXPERTS TOPK bf16|fp8 [dispatch|combine [SMS]]\n",
+            argv[0]);
         return 2;
     }
     const Shape shape{std::atoi(argv[1]),

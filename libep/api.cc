@@ -474,11 +474,22 @@ mep_status_t mep_buffer_query(const mep_buffer_t *buffer, mep_buffer_info_t *inf
     const Buffer &b = *buffer->buffer;
     const mep_buffer_config_t &c = b.shape().config;
     const Layout &layout = b.shape().layout;
-    const mep_buffer_info_t answer{
-        sizeof answer,   b.group().rank(),        b.group().rank_count(),    c.token_count_max,
-        c.hidden,        c.expert_count,          layout.local_expert_count, c.topk_max,
-        c.payload_types, c.rounds_in_flight_max,  c.fp32_partials,           b.thread_count(),
-        layout.bytes,    b.shape().handle_bytes(), b.sm_count(),           0};
+    const mep_buffer_info_t answer{sizeof answer,
+                                   b.group().rank(),
+                                   b.group().rank_count(),
+                                   c.token_count_max,
+                                   c.hidden,
+                                   c.expert_count,
+                                   layout.local_expert_count,
+                                   c.topk_max,
+                                   c.payload_types,
+                                   c.rounds_in_flight_max,
+                                   c.fp32_partials,
+                                   b.thread_count(),
+                                   layout.bytes,
+                                   b.shape().handle_bytes(),
+                                   b.sm_count(),
+                                   0};
     return write_struct(info, answer, "info");
 }
 

@@ -204,10 +204,10 @@ mep_status_t Buffer::allocate() {
     EP_TRY(create_workers(threads, &workers_));
     EP_TRY(device()->allocate(sizeof(BufferState), &state_));
     EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &active_));
-    EP_TRY(device()->allocate(
-        sizeof(int32_t) * layout.shape.expert_count *
-            tally_row_count(device()->kernels().chunk_count_max(queue(nullptr))),
-        &tally_));
+    EP_TRY(
+        device()->allocate(sizeof(int32_t) * layout.shape.expert_count *
+                               tally_row_count(device()->kernels().chunk_count_max(queue(nullptr))),
+                           &tally_));
     EP_TRY(device()->allocate(sizeof(char *) * ranks, &windows_on_device_));
     active_seen_.assign(ranks, 1);
     EP_TRY(device()->write(active_.get(), active_seen_.data(), sizeof(int32_t) * ranks));

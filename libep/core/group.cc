@@ -94,8 +94,8 @@ mep_status_t Group::choose_transports(const RankFacts *facts) {
             std::strncmp(facts[peer].host, facts[rank()].host, sizeof facts[peer].host) == 0;
     device_sharers_ = 0;
     for (int peer = 0; peer < rank_count(); ++peer)
-        device_sharers_ += same_process(facts[peer], facts[rank()]) &&
-                           same_device(facts[peer], facts[rank()]);
+        device_sharers_ +=
+            same_process(facts[peer], facts[rank()]) && same_device(facts[peer], facts[rank()]);
     for (int peer = 0; peer < rank_count(); ++peer) {
         DeviceUuid device;
         std::memcpy(&device, facts[peer].device, sizeof device);

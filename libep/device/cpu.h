@@ -220,8 +220,7 @@ void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int bloc
 }
 
 template <class Args>
-void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,
-                 int) {
+void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count, int) {
     launch(kernel, args, queue, block_count);
 }
 template <class Args>

@@ -158,8 +158,8 @@ EP_DEVICE uint64_t observe(const uint64_t *word) {
     return value;
 }
 
-// A launch is queued as one that may come before the one before it has ended (see launch_blocks), and
-// lets the next one do so: only the way to the first instruction is saved.
+// A launch is queued as one that may come before the one before it has ended (see launch_blocks),
+// and lets the next one do so: only the way to the first instruction is saved.
 EP_DEVICE void after_launches_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -240,9 +240,9 @@ EP_DEVICE bool pull(const char *const (&at)[kCount], const bool (&here)[kCount],
     return Warp::all(whole);
 }
 
-// A thread of this kernel has more memory of its own than one of any other here. When it has run, the
-// device has set that much aside, and need not do so, which waits for all that runs on it, when the
-// first launch comes that needs some.
+// A thread of this kernel has more memory of its own than one of any other here. When it has run,
+// the device has set that much aside, and need not do so, which waits for all that runs on it, when
+// the first launch comes that needs some.
 constexpr int kStackBytes = 1024;
 static __global__ void use_stack(int index, volatile char *out) {
     char stack[kStackBytes];

@@ -4,12 +4,14 @@
 //   kWarpSize                    32 on CUDA, 64 on MACA, 1 on the CPU
 //   Warp::broadcast(v), from(v, lane)  lane 0's value, or that of any lane
 //   Warp::max_over<N>(v)         the largest among N neighbouring lanes (N divides kWarpSize)
-//   Warp::repeats(key, bits, first)  whether a lane from `first` to the one below this has the same key
+//   Warp::repeats(key, bits, first)  whether a lane from `first` to the one below this has the same
+//   key
 //                                of so many bits
 //   Warp::count(v)               on how many lanes v is true, and on how many lower ones
 //   Warp::all(v)                 whether v is true on all lanes
 //   EP_SHARED(Type, name)        one plain struct that the threads of a block share; once a kernel
-//   EP_UNROLL, EP_ROLLED         before a loop: its body as often as it runs; only once. A launch of
+//   EP_UNROLL, EP_ROLLED         before a loop: its body as often as it runs; only once. A launch
+//   of
 //                                few steps spends its time on fetching instructions
 //   grid_index<G>, grid_count<G> this group among all of the launch
 //   load, store, fetch_add       device scope, relaxed: no order, but no race
@@ -20,10 +22,13 @@
 //                                what launches before did is ordered
 //   push(at, here, signal, v)    stores a lane's piece of a line (wire/layout.h); `here`: the lane
 //                                has one, `signal`: it is the Signal's
-//   pull(at, here, signal, ...)  loads several pieces of a lane, all on their way together; true for
-//                                the whole warp once the Signals of all their lines are of the epoch
+//   pull(at, here, signal, ...)  loads several pieces of a lane, all on their way together; true
+//   for
+//                                the whole warp once the Signals of all their lines are of the
+//                                epoch
 //   observe<G>(word)             the word's value, and after it all that was published with it
-//   after_launches_before()      what the launches before on the stream did is there from here on; each
+//   after_launches_before()      what the launches before on the stream did is there from here on;
+//   each
 //                                kernel's first word
 //   now_ns, pause(attempt)       for waits that end; a pause grows with the attempts before it
 //   Pack<n>, kPack               n floats that one lane handles at once, and how many are best;
@@ -47,7 +52,8 @@
 //   chunk_count_max              host side: into how many chunks tokens are split for counting
 //   kMovingThreads, kSummingThreads  of a block of EP_WIDE_KERNEL, which has a multiprocessor for
 //                                itself: for kernels that move rows, and that sum them
-//   launch, launch_wide, launch_all  host side: so many blocks; so many wide ones, of so many threads;
+//   launch, launch_wide, launch_all  host side: so many blocks; so many wide ones, of so many
+//   threads;
 //                                blocks that fill the device, for so many items
 //   launch_error                 host side: 0, or the error of the launches before
 //

@@ -245,8 +245,7 @@ void launch(void (*kernel)(Args), const Args &args, const Queue &, int block_cou
     launch_blocks(block_count, kernel, args);
 }
 template <class Args>
-void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,
-                 int) {
+void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count, int) {
     launch(kernel, args, queue, block_count);
 }
 template <class Args>

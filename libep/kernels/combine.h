@@ -219,10 +219,8 @@ EP_KERNEL combine_kernel(const CombineArgs a) {
     const uint64_t epoch = combine_epoch_of(r);
     Parts *parts = &shared.parts[Warp::index_in_block()];
     if (role.counts && r.sends()) tell_peers(r, epoch);
-    if (role.sender >= 0 && r.sends())
-        send_partials<kType, kPartial>(a, epoch, role, &parts->own);
-    if (role.receiver >= 0 && r.receives())
-        receive_tokens<kType, kPartial>(a, epoch, role, parts);
+    if (role.sender >= 0 && r.sends()) send_partials<kType, kPartial>(a, epoch, role, &parts->own);
+    if (role.receiver >= 0 && r.receives()) receive_tokens<kType, kPartial>(a, epoch, role, parts);
     if (role.counts && r.receives()) await_arrivals(r, epoch);
     if (r.sends()) hand_in(&r.state->combine_tickets);
 }

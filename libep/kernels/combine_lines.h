@@ -1,6 +1,6 @@
 // combine where messages go by line (kernels/lines.h): small rounds. The roles are those of
-// kernels/combine.h; a warp sums, sends or receives a part of a row, and asks for all that it has to
-// know about a token at once.
+// kernels/combine.h; a warp sums, sends or receives a part of a row, and asks for all that it has
+// to know about a token at once.
 #pragma once
 
 #include "device/device.h"
@@ -170,9 +170,8 @@ EP_DEVICE void add_parts(const CombineArgs &a, const Wait &wait, uint64_t epoch,
         for (int step = 0; step < Part::kSteps; ++step) {
             alignas(16) char bytes[sizeof(Vector)];
             __builtin_memcpy(bytes, &arrived.step[step], sizeof bytes);
-            add(&sums.steps[step], peer == r.rank
-                                       ? own.steps[step]
-                                       : load_channels<kPartial, kChannels>(bytes, 0));
+            add(&sums.steps[step],
+                peer == r.rank ? own.steps[step] : load_channels<kPartial, kChannels>(bytes, 0));
         }
     }
     EP_UNROLL
@@ -193,8 +192,7 @@ struct LineCombineShared {
 // side by side; a receiver's, those of own tokens. One loop for both, so that there is one copy of
 // each step.
 template <Element kType, Element kPartial>
-EP_DEVICE void combine_parts(const CombineArgs &a, uint64_t epoch, const Role &role,
-                             Terms *terms) {
+EP_DEVICE void combine_parts(const CombineArgs &a, uint64_t epoch, const Role &role, Terms *terms) {
     const Round &r = a.round;
     const bool sends = role.sender >= 0;
     const size_t row_bytes = size_t(r.hidden) * element_bytes(kPartial);
@@ -217,8 +215,7 @@ EP_DEVICE void combine_parts(const CombineArgs &a, uint64_t epoch, const Role &r
             out.source = rank <= peers ? rank : rank - peers - 1;
             if (!find_line_terms<kType>(a, wait, out, terms)) continue;
         } else {
-            if (Warp::rank() < r.topk)
-                choice = r.routing.choices[message * r.topk + Warp::rank()];
+            if (Warp::rank() < r.topk) choice = r.routing.choices[message * r.topk + Warp::rank()];
             put_own_terms<kType>(a, message, terms);
             Warp::sync();
         }
@@ -232,7 +229,8 @@ EP_DEVICE void combine_parts(const CombineArgs &a, uint64_t epoch, const Role &r
 }
 
 template <Element kType, Element kPartial>
-EP_WIDE_KERNEL(kSummingThreads) combine_by_line(const CombineArgs a) {
+EP_WIDE_KERNEL(kSummingThreads)
+combine_by_line(const CombineArgs a) {
     after_launches_before();
     EP_SHARED(LineCombineShared, shared);
     const Round &r = a.round;
@@ -254,8 +252,8 @@ int launch_combine_by_line(CombineArgs args, Phases phases, const Queue &queue) 
     const int parts = Part::count(size_t(r.hidden) * element_bytes(kPartial));
     // A multiprocessor that sends is held up by the link, so others receive. Both sum as much.
     const int senders = (queue.block_count - 1) / 2, receivers = queue.block_count - 1 - senders;
-    r.sender_block_count = blocks_for(
-        int64_t(shape.rank_count - 1) * shape.token_count_max * parts, senders);
+    r.sender_block_count =
+        blocks_for(int64_t(shape.rank_count - 1) * shape.token_count_max * parts, senders);
     r.receiver_block_count = blocks_for(int64_t(r.token_count) * parts, receivers);
     r.parts = Divisor::of(parts);
     r.phases = Phases::kSend;

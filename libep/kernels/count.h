@@ -1,9 +1,9 @@
 // Counting for dispatch: which experts this rank's tokens chose, the number of each choice among
 // this rank's tokens for its expert, and, from all ranks' counts, where each source's rows begin.
 //
-// The numbers of a chunk's choices (a chunk: neighbours among the tokens) follow from how many choices
-// there are of each expert before it. With few choices in all, the block of a chunk counts those
-// itself; with many, a launch before counts each chunk once.
+// The numbers of a chunk's choices (a chunk: neighbours among the tokens) follow from how many
+// choices there are of each expert before it. With few choices in all, the block of a chunk counts
+// those itself; with many, a launch before counts each chunk once.
 #pragma once
 
 #include "device/device.h"
@@ -73,8 +73,9 @@ struct Lanes {
     }
 };
 
-// What topk_idx says at i, i + stride, ..., each below `last`: an expert, kNoChoice or kInvalidExpert.
-// All are on their way before the first is used, so nothing here may depend on a load.
+// What topk_idx says at i, i + stride, ..., each below `last`: an expert, kNoChoice or
+// kInvalidExpert. All are on their way before the first is used, so nothing here may depend on a
+// load.
 EP_DEVICE void load_choices(const DispatchArgs &a, int i, int stride, int last,
                             int (&experts)[kChoicesAtOnce]) {
     int64_t ids[kChoicesAtOnce];
@@ -183,9 +184,8 @@ EP_DEVICE void add_tallies(const DispatchArgs &a, int count, int32_t *sums) {
 // Where a block adds up: `shared` if there is room.
 EP_DEVICE int32_t *sums_of(const DispatchArgs &a, int row, int32_t *shared) {
     const int experts = a.round.layout.shape.expert_count;
-    return experts <= kSharedExpertCountMax
-               ? shared
-               : a.tally + size_t(a.round.chunk_count + row) * experts;
+    return experts <= kSharedExpertCountMax ? shared
+                                            : a.tally + size_t(a.round.chunk_count + row) * experts;
 }
 
 // How many choices of each expert the tokens before a chunk made; of all tokens for the chunk after
@@ -202,8 +202,8 @@ EP_DEVICE void count_before(const DispatchArgs &a, int chunk, int32_t *sums) {
     Block::sync();
 }
 
-// Numbers the choices of `count` tokens, one after the other: those of one are of different experts.
-// `next` are the numbers that come next. Calls take(i, number) for the choices. One warp.
+// Numbers the choices of `count` tokens, one after the other: those of one are of different
+// experts. `next` are the numbers that come next. Calls take(i, number) for the choices. One warp.
 template <class Choice, class Take>
 EP_DEVICE void number_choices(const Choice *choices, int count, int topk, int32_t *next,
                               Take take) {

@@ -1,10 +1,11 @@
 // dispatch: every token travels once to each rank that owns one of its experts, and is packed there
-// by expert. First its choices are counted and numbered (kernels/count.h), then a launch moves rows;
-// its blocks have roles:
+// by expert. First its choices are counted and numbered (kernels/count.h), then a launch moves
+// rows; its blocks have roles:
 //
 //   counter    when all ranks have told how many tokens they have for each expert of this one,
 //              decides where each source's rows begin in each expert's region
-//   senders    write their tokens' rows to the ranks of their experts, in the token's slot, and to the
+//   senders    write their tokens' rows to the ranks of their experts, in the token's slot, and to
+//   the
 //              rows of their experts on this rank
 //   receivers  wait for each message, and place its row
 //
@@ -134,7 +135,8 @@ EP_DEVICE void unpack_row(const DispatchArgs &a, const char *payload, const int3
                           int count) {
     const size_t row_bytes = size_t(a.round.hidden) * element_bytes(kOut);
     fan_out<Warp, kRowLoads>(
-        count, [&](int i) { return place_of(a, rows[i]).row; }, payload, row_bytes, a.round.caching);
+        count, [&](int i) { return place_of(a, rows[i]).row; }, payload, row_bytes,
+        a.round.caching);
     if constexpr (kOut == Element::kFp8) {
         const auto *scales = reinterpret_cast<const float *>(payload + row_bytes);
         for (int g = Warp::rank(); g < a.round.hidden / kScaleGroup; g += Warp::size())
@@ -266,7 +268,8 @@ int launch_dispatch(DispatchArgs args, Phases phases, const Queue &queue) {
     r.chunk_count = chunk_count_max(queue);
     r.phases = Phases::kSend;
     if (has_phase(phases, Phases::kSend) || queue.load_only) {
-        if (counts_ahead(r) || queue.load_only) launch_all(dispatch_tally, args, queue, r.chunk_count);
+        if (counts_ahead(r) || queue.load_only)
+            launch_all(dispatch_tally, args, queue, r.chunk_count);
         launch_all(dispatch_number, args, queue, r.chunk_count + 1);
     }
     launch_phases(dispatch_kernel<kCast, kType>, args, phases, queue);

@@ -7,9 +7,9 @@
 //   receivers  number the choices of a chunk of this rank's tokens, send the heads of its messages,
 //              and place its rows on this rank; then wait for messages, and place their rows
 //
-// Each receiver finds by itself the numbers of its chunk, and where the rows of each source begin, in
-// the memory that its threads share. All roles go through one loop, so that there
-// is one copy of each step: a launch of few steps spends much of its time on fetching instructions.
+// Each receiver finds by itself the numbers of its chunk, and where the rows of each source begin,
+// in the memory that its threads share. All roles go through one loop, so that there is one copy of
+// each step: a launch of few steps spends much of its time on fetching instructions.
 #pragma once
 
 #include "device/device.h"
@@ -29,7 +29,7 @@ union LineWarpShared {
 
 // What the threads of a block share.
 struct LineDispatchShared {
-    int32_t sums[kSharedExpertCountMax];  // of each expert: its choices so far
+    int32_t sums[kSharedExpertCountMax];        // of each expert: its choices so far
     int32_t begins[2 * kSharedExpertCountMax];  // [source, then the end][local expert]
     int32_t tokens[kLineRankCountMax];          // of each source; 0 if it is masked
     int32_t active[kLineRankCountMax], lost[kLineRankCountMax];
@@ -42,8 +42,8 @@ struct LineDispatchShared {
 
 enum class LineRole { kCounter, kSender, kReceiver };
 
-// A block among those of its role. They start in this order, and a block waits only for roles before
-// its own, of whatever rank.
+// A block among those of its role. They start in this order, and a block waits only for roles
+// before its own, of whatever rank.
 struct LineBlock {
     LineRole role;
     int index, count;
@@ -65,8 +65,7 @@ struct LineChunk {
     EP_DEVICE static LineChunk of(const Round &r, const LineBlock &block) {
         // The counter's: none, after all tokens.
         if (block.role == LineRole::kCounter) return {{r.token_count, r.token_count}, 0, 1};
-        const int sharers =
-            block.role == LineRole::kSender ? block.count : r.receivers_of_chunk;
+        const int sharers = block.role == LineRole::kSender ? block.count : r.receivers_of_chunk;
         const int index = block.index / sharers, share = block.index - index * sharers;
         return {Chunk::of(index, block.count / sharers, r.token_count),
                 Warp::index_in_block() * sharers + share, Warp::count_in_block() * sharers};
@@ -200,8 +199,8 @@ EP_DEVICE void decide_sources(const DispatchArgs &a, uint64_t epoch, LineDispatc
     for (int i = Block::rank(); i < ranks * (experts + 1); i += Block::size()) {
         const int source = i < ranks * experts ? r.local_experts.quotient(i) : i - ranks * experts;
         const int index = i < ranks * experts ? i - source * experts : experts;
-        const int count = await_count(wait, layout.count(window, epoch, source, index), epoch,
-                                      source);
+        const int count =
+            await_count(wait, layout.count(window, epoch, source, index), epoch, source);
         if (count < 0) fetch_add(&shared->lost[source], 1);
         (index < experts ? shared->begins[i] : shared->tokens[source]) = count;
     }
@@ -307,8 +306,7 @@ EP_DEVICE int peer_at(const Round &r, int step) {
 
 // Sends a part to the ranks of the token's experts, of which each lane has one. One warp.
 EP_DEVICE void send_part(const Round &r, uint64_t epoch, int token, int64_t expert,
-                         const LineDispatchShared &shared, const Part &part,
-                         const Pieces &pieces) {
+                         const LineDispatchShared &shared, const Part &part, const Pieces &pieces) {
     const Layout &layout = r.layout;
     EP_ROLLED
     for (int step = 1; step < layout.shape.rank_count; ++step) {
@@ -398,13 +396,11 @@ EP_DEVICE void place_entries(const DispatchArgs &a, const Arrived &arrived, cons
     for (int i = 0; i < arrived.count; ++i) {
         const Target to = targets[i];
         if (to.row != nullptr)
-            place_part<kOut == Element::kFp8>(part, pieces,
-                                              size_t(r.hidden) * element_bytes(kOut), to,
-                                              r.hidden / kScaleGroup);
+            place_part<kOut == Element::kFp8>(part, pieces, size_t(r.hidden) * element_bytes(kOut),
+                                              to, r.hidden / kScaleGroup);
     }
     if (part.index == 0) {
-        const size_t slot =
-            size_t(arrived.source) * r.layout.shape.token_count_max + arrived.token;
+        const size_t slot = size_t(arrived.source) * r.layout.shape.token_count_max + arrived.token;
         if (Warp::rank() == 0) r.routing.row_counts[slot] = arrived.count;
         if (entry.here) {
             const size_t at = slot * r.layout.shape.topk_max + entry.index;
@@ -431,8 +427,8 @@ EP_DEVICE LaneEntry own_entry(const Round &r, float weight, Arrived *own,
 
 // ---- Receiving ----------------------------------------------------------------------------------
 
-// The message that is number i of those to be received, in the order in which they are sent. False if
-// there is no such token.
+// The message that is number i of those to be received, in the order in which they are sent. False
+// if there is no such token.
 EP_DEVICE bool find_message(const Round &r, int i, const LineDispatchShared &shared,
                             Arrived *arrived) {
     const int peers = r.layout.shape.rank_count - 1;
@@ -506,8 +502,8 @@ EP_DEVICE void begin_block(const DispatchArgs &a, uint64_t epoch, const LineBloc
     if (r.receives()) await_begins(r, epoch, shared);
 }
 
-// A warp's items are parts of rows: a sender's, those of all tokens; a receiver's, those of its chunk
-// and of messages.
+// A warp's items are parts of rows: a sender's, those of all tokens; a receiver's, those of its
+// chunk and of messages.
 template <bool kCast, Element kType>
 EP_DEVICE void move_parts(const DispatchArgs &a, uint64_t epoch, const LineBlock &block,
                           LineDispatchShared *shared) {
@@ -560,7 +556,8 @@ EP_DEVICE void move_parts(const DispatchArgs &a, uint64_t epoch, const LineBlock
 }
 
 template <bool kCast, Element kType>
-EP_WIDE_KERNEL(kMovingThreads) dispatch_by_line(const DispatchArgs a) {
+EP_WIDE_KERNEL(kMovingThreads)
+dispatch_by_line(const DispatchArgs a) {
     after_launches_before();
     EP_SHARED(LineDispatchShared, shared);
     const Round &r = a.round;
@@ -576,8 +573,7 @@ template <bool kCast, Element kType>
 int launch_dispatch_by_line(DispatchArgs args, Phases phases, const Queue &queue) {
     Round &r = args.round;
     const Shape &shape = r.layout.shape;
-    const int parts =
-        Part::count(size_t(r.hidden) * element_bytes(kCast ? Element::kFp8 : kType));
+    const int parts = Part::count(size_t(r.hidden) * element_bytes(kCast ? Element::kFp8 : kType));
     const int tokens = r.token_count < 1 ? 1 : r.token_count;
     const int senders = wide_sender_block_count_max(queue);
     const int64_t own = int64_t(tokens) * parts;
@@ -591,7 +587,8 @@ int launch_dispatch_by_line(DispatchArgs args, Phases phases, const Queue &queue
                                                       : wanted;
     r.receiver_block_count = blocks / r.receivers_of_chunk * r.receivers_of_chunk;
     r.parts = Divisor::of(parts);
-    r.local_experts = Divisor::of(r.layout.local_expert_count < 1 ? 1 : r.layout.local_expert_count);
+    r.local_experts =
+        Divisor::of(r.layout.local_expert_count < 1 ? 1 : r.layout.local_expert_count);
     r.phases = phases;  // receivers have work in each
     // Warps without rows to move count all the same, and hold up the others.
     const bool few = own + messages <= int64_t(r.receiver_block_count) * 2 * kWarpsOfBlockMax;

@@ -55,9 +55,7 @@ struct Divisor {
     int32_t value;
     uint64_t inverse;  // times 2^kBits, rounded up
 
-    static Divisor of(int value) {
-        return {value, ((uint64_t{1} << kBits) + value - 1) / value};
-    }
+    static Divisor of(int value) { return {value, ((uint64_t{1} << kBits) + value - 1) / value}; }
     EP_HOST_DEVICE int quotient(int n) const { return static_cast<int>(n * inverse >> kBits); }
     EP_HOST_DEVICE int rest(int n) const { return n - quotient(n) * value; }
 };
@@ -135,9 +133,9 @@ struct CombineArgs {
     size_t out_stride;  // bytes from token to token
 };
 
-// Rows of DispatchArgs::tally for launches of at most so many chunks: each chunk's counts, then, for
-// blocks whose shared memory is too small, all counts, each chunk's next numbers, and what the counter
-// waits for.
+// Rows of DispatchArgs::tally for launches of at most so many chunks: each chunk's counts, then,
+// for blocks whose shared memory is too small, all counts, each chunk's next numbers, and what the
+// counter waits for.
 constexpr int tally_row_count(int chunk_count) {
     return 2 * chunk_count + 2;
 }

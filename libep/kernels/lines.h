@@ -90,8 +90,7 @@ struct Pieces {
     Vector step[Part::kSteps];
 };
 
-EP_DEVICE void push_part(const Part &part, char *lines, const Pieces &pieces,
-                         uint64_t signal) {
+EP_DEVICE void push_part(const Part &part, char *lines, const Pieces &pieces, uint64_t signal) {
     EP_UNROLL
     for (int step = 0; step < Part::kSteps; ++step) {
         Vector piece = pieces.step[step];
@@ -131,8 +130,7 @@ struct TwoScales {
 };
 
 // This lane's pieces of a row that travels as it is.
-EP_DEVICE void load_part(const Part &part, const char *row, size_t row_bytes,
-                         Pieces *pieces) {
+EP_DEVICE void load_part(const Part &part, const char *row, size_t row_bytes, Pieces *pieces) {
     EP_UNROLL
     for (int step = 0; step < Part::kSteps; ++step)
         if (part.has_piece(step, row_bytes))
@@ -141,8 +139,8 @@ EP_DEVICE void load_part(const Part &part, const char *row, size_t row_bytes,
 }
 
 // The scales of a row that comes with them, where they travel.
-EP_DEVICE void load_part_scales(const Part &part, const float *scales, int64_t stride,
-                                int groups, Pieces *pieces) {
+EP_DEVICE void load_part_scales(const Part &part, const float *scales, int64_t stride, int groups,
+                                Pieces *pieces) {
     EP_UNROLL
     for (int step = 0; step < Part::kSteps; ++step) {
         if (!LineLane::has_signal() || !part.has_line(step)) continue;
@@ -178,8 +176,8 @@ struct UncastPart {
 
 // Casts a part to float8_e4m3fn, and moves its pieces from lane to lane to where they travel.
 template <Element kType>
-EP_DEVICE void cast_part(const Part &part, const UncastPart<kType> &read,
-                         bool power_of_two, Pieces *pieces) {
+EP_DEVICE void cast_part(const Part &part, const UncastPart<kType> &read, bool power_of_two,
+                         Pieces *pieces) {
     using Uncast = UncastPart<kType>;
     constexpr int kLanesOfGroup = kScaleGroup / Uncast::kChannels;
     Cast<1> cast[Uncast::kSteps];

@@ -1,5 +1,5 @@
-// What combine sums: the rows of a token's experts, weighted. Both its ways, by flag and by line, ask
-// this.
+// What combine sums: the rows of a token's experts, weighted. Both its ways, by flag and by line,
+// ask this.
 #pragma once
 
 #include "device/device.h"
