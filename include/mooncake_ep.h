@@ -335,7 +335,8 @@ typedef struct mep_buffer_config {
     int32_t cpu_thread_count;
     /**
      * Multiprocessors of a GPU that a launch may fill, at least MEP_SM_COUNT_MIN; 0, or more than
-     * there are: all. Ranks may differ. Ignored on the CPU.
+     * there are: all. Ranks may differ. Calls on two buffers that may run at the same time on one
+     * GPU wait for peers side by side, so together they have to fit. Ignored on the CPU.
      */
     int32_t sm_count_max;
 } mep_buffer_config_t;

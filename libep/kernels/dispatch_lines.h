@@ -42,8 +42,8 @@ struct LineDispatchShared {
 
 enum class LineRole { kCounter, kSender, kReceiver };
 
-// A block among those of its role. They start in this order, and a block waits only for roles
-// before its own, of whatever rank.
+// A block among those of its role. A receiver waits for heads that receivers of other ranks send,
+// so the blocks of a launch have to run beside each other: there are no more than multiprocessors.
 struct LineBlock {
     LineRole role;
     int index, count;

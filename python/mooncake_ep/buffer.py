@@ -237,7 +237,8 @@ class Buffer:
                 to 8; memory grows with it.
             fp32_partials: combine's partial sums travel as float32 whatever the type.
             threads: of a CPU rank, this one included; 0: the library's choice.
-            max_sms: multiprocessors of a GPU that a launch may fill, 3 or more; 0: all.
+            max_sms: multiprocessors of a GPU that a launch may fill, 3 or more; 0: all. What two
+                buffers that work at the same time may fill has to fit on the GPU together.
 
         Raises:
             ValueError: an argument breaks a rule of mooncake_ep.h.

@@ -39,6 +39,20 @@ def test_a_buffer_knows_its_sizes(run: Runner) -> None:
     run(describe, 2)
 
 
+def limit_sms(rank: Rank) -> None:
+    with rank.join() as group:
+        with ep.Buffer(group, **SHAPE) as buffer:
+            every = buffer.sms
+        with ep.Buffer(group, **SHAPE, max_sms=3) as buffer:
+            assert buffer.sms == (0 if on_cpu() else 3)
+        with ep.Buffer(group, **SHAPE, max_sms=every + 3) as buffer:
+            assert buffer.sms == every
+
+
+def test_a_buffer_keeps_to_the_multiprocessors_it_may_fill(run: Runner) -> None:
+    run(limit_sms, 2)
+
+
 def test_more_rounds_in_flight_take_more_memory() -> None:
     few, many = (
         ep.Buffer.query_sizes(rank_count=2, **SHAPE, rounds_in_flight=count) for count in (1, 8)

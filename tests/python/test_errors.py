@@ -254,6 +254,7 @@ CONFIGS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "unknown payload": (ValueError, "payload 'int8'", {"payloads": ["int8"]}),
     "too many rounds": (ValueError, "rounds_in_flight_max", {"rounds_in_flight": 9}),
     "too many threads": (ValueError, "cpu_thread_count", {"threads": 257}),
+    "too few multiprocessors": (ValueError, "sm_count_max is 2", {"max_sms": 2}),
     "hidden is a float": (TypeError, "hidden is a float", {"hidden": 128.0}),
     "hidden is a string": (TypeError, "hidden is a str", {"hidden": "128"}),
 }

@@ -568,6 +568,8 @@ TEST_F(Refused, BadConfigurationsOfABuffer) {
         {&mep_buffer_config_t::fp32_partials, 2, {"fp32_partials is 2"}},
         {&mep_buffer_config_t::cpu_thread_count, -1, {"cpu_thread_count is -1"}},
         {&mep_buffer_config_t::cpu_thread_count, 257, {"cpu_thread_count is 257", "256"}},
+        {&mep_buffer_config_t::sm_count_max, -1, {"sm_count_max is -1"}},
+        {&mep_buffer_config_t::sm_count_max, 2, {"sm_count_max is 2", "[3, "}},
     };
     for (const auto &one : cases) {
         mep_buffer_config_t config = buffer_config(2);

@@ -104,6 +104,13 @@ TEST_F(Queries, GiveTheConfigurationWithItsDefaults) {
     EXPECT_EQ(info.rounds_in_flight_max, 2);
     EXPECT_EQ(info.fp32_partials, 0);
     EXPECT_EQ(info.cpu_thread_count, 2);
+    EXPECT_EQ(info.sm_count, 0);
+}
+
+TEST_F(Queries, NoMultiprocessorsAreCountedOnTheCpu) {
+    mep_buffer_config_t config = buffer_config(1);
+    config.sm_count_max = 8;
+    EXPECT_EQ(info_of(Alone(config).buffer).sm_count, 0);
 }
 
 TEST_F(Queries, PredictTheSizesOfABuffer) {

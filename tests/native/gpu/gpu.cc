@@ -56,6 +56,7 @@ bool Objects::create(const Problem &p, const Seat &seat, std::string *failure) {
     if (p.type_bits == 32) config.payload_types |= MEP_PAYLOAD_FP32;
     if (p.quant != MEP_QUANT_NONE) config.payload_types |= MEP_PAYLOAD_FP8;
     config.cpu_thread_count = 1;
+    config.sm_count_max = p.sms;
     // A stream that does not wait for the default one, on which other ranks of this GPU copy.
     if (seat.on_gpu()) cudaSetDevice(seat.device);
     if (seat.on_gpu()) cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);

@@ -33,6 +33,7 @@ struct Problem {
     uint32_t seed = 1;
     Order order = Order::kWhole;
     int rounds = 3;  // even if crossed
+    int sms = 0;     // that a launch may fill; 0: all
 
     int64_t local() const { return experts / ranks; }
     int64_t rows() const { return int64_t(ranks) * tokens_max; }

@@ -216,13 +216,28 @@ TEST(Cuda, GivesTheBitsOfTheCpuForEveryWayOfWeights) {
 
 TEST(Cuda, GivesTheBitsOfTheCpuForOneRankAndForMoreRanksThanGpus) {
     NEEDS_GPU();
-    for (const int ranks : {1, 4, 8}) {
-        Problem p;
-        p.ranks = ranks;
-        p.experts = 16;
-        SCOPED_TRACE(std::to_string(ranks) + " ranks");
-        expect_same_bits(p);
-    }
+    with_both_carriages([] {
+        for (const int ranks : {1, 4, 8}) {
+            Problem p;
+            p.ranks = ranks;
+            p.experts = 16;
+            SCOPED_TRACE(std::to_string(ranks) + " ranks");
+            expect_same_bits(p);
+        }
+    });
+}
+
+TEST(Cuda, GivesTheBitsOfTheCpuOnFewMultiprocessors) {
+    NEEDS_GPU();
+    with_both_carriages([] {
+        for (const int sms : {3, 16}) {
+            Problem p;
+            p.sms = sms;
+            p.tokens_max = 100;
+            SCOPED_TRACE(std::to_string(sms) + " multiprocessors");
+            expect_same_bits(p);
+        }
+    });
 }
 
 TEST(Cuda, GivesTheBitsOfTheCpuForManyShapes) {

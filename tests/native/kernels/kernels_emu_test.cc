@@ -71,6 +71,18 @@ TEST(EmuKernels, CarryRowsByLine) {
     expect_rounds_are_right(rig, 1020, 2);
 }
 
+TEST(EmuKernels, ServeThreeRanksByLine) {
+    if (!kWide) GTEST_SKIP() << "a line takes 8 lanes";
+    Rig rig = by_line(small_bf16(Weights::kAtCombine));
+    rig.ranks = 3;
+    rig.experts = 6;
+    rig.topk = 4;
+    rig.idx_bytes = 4;
+    rig.hidden = 16;
+    rig.tokens_max = 5;
+    expect_rounds_are_right(rig, 1050, 3);
+}
+
 TEST(EmuKernels, CarryFp8ByLine) {
     if (!kWide) GTEST_SKIP() << "a line takes 8 lanes";
     Rig rig = by_line(small(Element::kBf16, Quant::kFp8, Weights::kAtDispatch));
