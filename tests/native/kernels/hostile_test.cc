@@ -1,7 +1,13 @@
 // A peer that writes nonsense into the windows of others: whatever it says, it reaches nothing but
-// the rows that are its own, and what it says wrong is counted.
-#include "backend/cpu_levels.h"
+// the rows that are its own, and what it says wrong is counted. By flag on the CPU; with
+// EP_DEVICE_EMU by line, on a GPU made of threads.
 #include "support/fleet.h"
+
+#if defined(EP_DEVICE_EMU)
+#include "kernels/table.h"
+#else
+#include "backend/cpu_levels.h"
+#endif
 
 #include <functional>
 
@@ -11,8 +17,17 @@ namespace {
 constexpr int kHostile = 1;
 constexpr uint64_t kEpoch = 1;  // each test is the first round of its fleet
 
+#if defined(EP_DEVICE_EMU)
+constexpr Carriage kCarriage = Carriage::kLine;
+constexpr int kSeeds = 25;  // a launch starts hundreds of threads
+#else
+constexpr Carriage kCarriage = Carriage::kFlag;
+constexpr int kSeeds = 150;
+#endif
+
 Rig rig() {
     Rig rig;
+    rig.carriage = kCarriage;
     rig.ranks = 3;
     rig.experts = 6;
     rig.tokens_max = 5;
@@ -38,11 +53,23 @@ class Forger {
     void publish_message(int token, uint32_t entry_count, std::vector<Entry> entries) {
         char *message = layout_.message(window_, kEpoch, victim_, kHostile, token);
         entries.resize(layout_.shape.topk_max, Entry{0, 0, 1, 0});
+        if (layout_.shape.carriage == Carriage::kLine) {
+            for (size_t i = 0; i < entries.size(); ++i)
+                std::memcpy(message + i / Layout::kPiecesOfLine * Layout::kLineBytes +
+                                i % Layout::kPiecesOfLine * Layout::kPieceBytes,
+                            &entries[i], sizeof(Entry));
+            for (size_t line = 0; line < layout_.message_bytes; line += Layout::kLineBytes)
+                put(signal_of(message + line), entry_count);
+            return;
+        }
         std::memcpy(Layout::entries(message), entries.data(), entries.size() * sizeof(Entry));
         put(Layout::flag(message), entry_count);
     }
 
   private:
+    static uint64_t *signal_of(char *line) {
+        return reinterpret_cast<uint64_t *>(line + Layout::kPiecesOfLine * Layout::kPieceBytes);
+    }
     static void put(uint64_t *word, uint32_t value) { *word = Signal::pack(kEpoch, value); }
 
     const Layout &layout_;
@@ -172,7 +199,7 @@ int32_t strange_number(std::mt19937_64 *random) {
 }
 
 TEST(HostileNonsense, TouchesOnlyItsOwnRows) {
-    for (uint64_t seed = 1000; seed < 1150; ++seed) {
+    for (uint64_t seed = 1000; seed < 1000 + kSeeds; ++seed) {
         SCOPED_TRACE("seed " + std::to_string(seed));
         std::mt19937_64 random(seed);
         Rig drawn = rig();
@@ -196,7 +223,11 @@ TEST(HostileNonsense, TouchesOnlyItsOwnRows) {
 }  // namespace
 
 Kernels kernels_under_test() {
+#if defined(EP_DEVICE_EMU)
+    return emu::kernels();
+#else
     return cpu_levels().front().kernels;
+#endif
 }
 
 }  // namespace ep::test

@@ -38,7 +38,8 @@ struct Rig {
     bool fp32_partials = false;
     int idx_bytes = 8;
     int rounds_in_flight = 2;
-    int threads = 1;  // of a CPU rank
+    int threads = 1;          // of a CPU rank
+    int multiprocessors = 5;  // of a GPU: by line one sends, one counts, and the others receive
     Caching caching = Caching::kKeep;
     uint64_t timeout_ns = 30'000'000'000;  // so that only a deadlock reaches it
     int spare_topk = 1;                    // topk_max - topk
@@ -191,6 +192,7 @@ class Fleet {
     Queue queue(int rank) const {
         Queue queue;
         queue.workers = members_[rank].workers.get();
+        queue.block_count = rig_.multiprocessors;
         return queue;
     }
 
