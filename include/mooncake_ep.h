@@ -53,7 +53,7 @@ extern "C" {
 
 #define MEP_RANK_COUNT_MAX 1024    /**< R */
 #define MEP_EXPERT_COUNT_MAX 65536 /**< E; a multiple of R */
-#define MEP_TOKEN_COUNT_MAX 65536  /**< M; and E * M < 2^31 */
+#define MEP_TOKEN_COUNT_MAX 65536  /**< M; and E * M < 2^31, R * M < 2^24 */
 #define MEP_TOPK_MAX 32            /**< K */
 #define MEP_HIDDEN_MULTIPLE 8      /**< H is a multiple of this */
 #define MEP_HIDDEN_MAX 65536       /**< H */
@@ -336,7 +336,8 @@ typedef struct mep_buffer_config {
     /**
      * Multiprocessors of a GPU that a launch may fill, at least MEP_SM_COUNT_MIN; 0, or more than
      * there are: all. Ranks may differ. Calls on two buffers that may run at the same time on one
-     * GPU wait for peers side by side, so together they have to fit. Ignored on the CPU.
+     * GPU wait for peers side by side, so together they have to fit; a buffer of more than 512
+     * tokens or 4096 choices counts twice, as its blocks may be spread. Ignored on the CPU.
      */
     int32_t sm_count_max;
 } mep_buffer_config_t;

@@ -43,6 +43,12 @@ mep_status_t check_config(const mep_buffer_config_t &c, int rank_count) {
         return fail(MEP_INVALID_ARGUMENT,
                     "config.expert_count %d times config.token_count_max %d must be below 2^31",
                     c.expert_count, c.token_count_max);
+    // Where a source's rows begin is told in a Signal.
+    constexpr int64_t kRowsEnd = int64_t{1} << Signal::kValueBits;
+    if (int64_t{rank_count} * c.token_count_max >= kRowsEnd)
+        return fail(MEP_INVALID_ARGUMENT,
+                    "config.token_count_max is %d; times the %d ranks it must be below 2^%d",
+                    c.token_count_max, rank_count, Signal::kValueBits);
     if ((c.payload_types & ~kPayloadsAll) != 0)
         return fail(MEP_INVALID_ARGUMENT,
                     "config.payload_types is 0x%x; it must be made of MEP_PAYLOAD_* bits (0x%x)",
@@ -132,10 +138,12 @@ struct Proposal {
     int64_t lines;  // would it send by line?
 };
 
-mep_status_t may_go_by_line(const Group &group, const Shape &shape, bool *lines) {
+// By line each role has a multiprocessor for itself.
+mep_status_t may_go_by_line(const Group &group, const Shape &shape, int sm_count, bool *lines) {
     long wanted = 0;
     EP_TRY(env_integer("MOONCAKE_EP_LINES", 0, 1, 1, &wanted));
-    *lines = wanted != 0 && group.delivers_lines() && group.device()->kernels().suits_lines(shape);
+    *lines = wanted != 0 && group.delivers_lines() && sm_count >= MEP_SM_COUNT_MIN &&
+             group.device()->kernels().suits_lines(shape);
     return MEP_OK;
 }
 
@@ -179,7 +187,7 @@ mep_status_t Buffer::create(std::shared_ptr<Group> group, const mep_buffer_confi
     if (status == MEP_OK) status = BufferShape::of(config, g.rank_count(), &created->shape_);
     EP_TRY(g.agree(status));
     bool lines = false;
-    EP_TRY(g.agree(may_go_by_line(g, created->shape_.layout.shape, &lines)));
+    EP_TRY(g.agree(may_go_by_line(g, created->shape_.layout.shape, created->sm_count(), &lines)));
     const Proposal mine{created->shape_.config, lines};
     std::vector<Proposal> all(g.rank_count());
     EP_TRY(g.all_gather(&mine, all.data(), sizeof mine));
@@ -275,7 +283,7 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
 
 int Buffer::sm_count() const {
     const int all = device()->block_count(), limit = shape_.config.sm_count_max;
-    const int share = all / group_->device_sharers();
+    const int share = all == 0 ? 0 : std::max(1, all / group_->device_sharers());
     return limit == 0 || limit > share ? share : limit;
 }
 
@@ -283,7 +291,8 @@ Queue Buffer::queue(void *stream) const {
     Queue queue;
     queue.stream = stream;
     queue.block_count = sm_count();
-    queue.starts_early = group_->device_sharers() == 1;
+    // With a limit the rest is another's, which a launch that waits for its turn must not take.
+    queue.starts_early = sm_count() == device()->block_count();
     queue.workers = workers_.get();
     return queue;
 }

@@ -6,6 +6,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -251,6 +252,10 @@ static __global__ void use_stack(int index, volatile char *out) {
     if (out != nullptr) *out = stack[index % kStackBytes];
 }
 
+// Whether the kernels that were loaded wait for the launch before: code for older devices, compiled
+// for this one by the driver, would not.
+inline std::atomic<bool> all_code_waits{true};
+
 // Every launch: `blocks` of `threads`, or only the loading.
 template <class Args>
 void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, int blocks,
@@ -262,7 +267,10 @@ void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, i
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                              kSharedPercent);
         cudaFuncAttributes attributes;
-        cudaFuncGetAttributes(&attributes, kernel);
+        constexpr int kWaits = 90;  // the first architecture whose code has griddepcontrol
+        if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+            attributes.ptxVersion < kWaits)
+            all_code_waits = false;
         return;
     }
     cudaLaunchAttribute early{};
@@ -273,7 +281,7 @@ void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, i
     config.blockDim = threads;
     config.stream = static_cast<cudaStream_t>(queue.stream);
     config.attrs = &early;
-    config.numAttrs = queue.starts_early ? 1 : 0;
+    config.numAttrs = queue.starts_early && all_code_waits ? 1 : 0;
     cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -12,8 +12,6 @@
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
-constexpr int kWeightsOfPiece = static_cast<int>(Layout::kPieceBytes / sizeof(float));
-
 // How many channels a piece of a partial row holds.
 template <Element kPartial>
 constexpr int kPieceChannels = static_cast<int>(Layout::kPieceBytes) / element_bytes(kPartial);

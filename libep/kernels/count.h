@@ -24,7 +24,7 @@ struct Chunk {
 
 // For Round::choice_bits: of an expert, and one more for the negative numbers that stand for none.
 inline int choice_bits(int expert_count) {
-    int bits = 1;
+    int bits = 2;  // -1 and -2 are not the same
     while (bits < 31 && (1 << (bits - 1)) < expert_count)
         ++bits;
     return bits;

@@ -226,11 +226,13 @@ template <Element kOut>
 EP_DEVICE void receive_messages(const DispatchArgs &a, uint64_t epoch, const Role &role,
                                 int32_t *rows) {
     const Round &r = a.round;
-    const Wait wait(r);
     const int ranks = r.layout.shape.rank_count, warps = Warp::count_in_block();
     for (int step = 1; step < ranks; ++step) {
         const int source = (r.rank + step) % ranks;
         const int tokens = decided(&r.routing.token_counts[source], epoch);
+        // From here on: a source sends only when its own counter has decided, which may have taken
+        // as long as this one's, if both waited for a third that is lost.
+        const Wait wait(r);
         for (int token = role.receiver * warps + Warp::index_in_block(); token < tokens;
              token += role.receiver_count * warps)
             receive_message<kOut>(a, wait, {epoch, source, token, rows});

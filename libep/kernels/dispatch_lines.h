@@ -226,18 +226,22 @@ EP_DEVICE void decide_sources(const DispatchArgs &a, uint64_t epoch, LineDispatc
 }
 
 // A count from a source, or its number of tokens, once the counter has decided about it. Which
-// checked the limit, but a window may change.
-EP_DEVICE int decided_count(const Round &r, uint64_t epoch, int source, const uint64_t *word) {
+// checked the limit and that it is there, but a window may change.
+EP_DEVICE int decided_count(const Wait &wait, uint64_t epoch, int source, const uint64_t *word) {
+    const Round &r = wait.round;
     EP_ROLLED
     for (uint32_t attempt = 0;; ++attempt) {
         const uint64_t tokens = look(&r.routing.token_counts[source]), count = look(word);
-        if (Signal::is_of(tokens, epoch)) {
-            if (Signal::value(tokens) == 0) return 0;
-            if (Signal::is_of(count, epoch))
-                return Signal::value(count) <= r.layout.shape.token_count_max ? Signal::value(count)
-                                                                              : 0;
+        if (!Signal::is_of(tokens, epoch)) {
+            pause(attempt);
+            continue;
         }
-        pause(attempt);
+        if (Signal::value(tokens) == 0) return 0;
+        if (Signal::is_of(count, epoch))
+            return Signal::value(count) <= r.layout.shape.token_count_max ? Signal::value(count)
+                                                                          : 0;
+        if (!is_active(r, source)) return 0;
+        wait.lapse<Thread>(source, attempt);
     }
 }
 
@@ -246,12 +250,13 @@ EP_DEVICE void await_begins(const Round &r, uint64_t epoch, LineDispatchShared *
     const Layout &layout = r.layout;
     const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
     char *window = r.window(r.rank);
+    const Wait wait(r);
     EP_ROLLED
     for (int i = Block::rank(); i < ranks * (experts + 1); i += Block::size()) {
         const int source = i < ranks * experts ? r.local_experts.quotient(i) : i - ranks * experts;
         const int index = i < ranks * experts ? i - source * experts : experts;
         const int count =
-            decided_count(r, epoch, source, layout.count(window, epoch, source, index));
+            decided_count(wait, epoch, source, layout.count(window, epoch, source, index));
         (index < experts ? shared->begins[i] : shared->tokens[source]) = count;
     }
     Block::sync();

@@ -18,6 +18,8 @@ constexpr int kLinesAtOnce = kWarpSize < kLanesOfLine ? 1 : kWarpSize / kLanesOf
 constexpr int kPartLines = 8;
 
 constexpr int kLineRankCountMax = 64;
+constexpr int kWeightsOfPiece = static_cast<int>(Layout::kPieceBytes / sizeof(float));
+constexpr int kWeightsOfLine = Layout::kPiecesOfLine * kWeightsOfPiece;
 
 // This lane's place among the lines that its warp moves at once.
 struct LineLane {
@@ -33,7 +35,8 @@ inline bool suits_lines(const Shape &shape) {
     return shape.token_count_max <= kLineTokenCountMax &&
            shape.token_count_max * shape.topk_max <= kLineChoiceCountMax &&
            shape.topk_max <= kLinesAtOnce * Layout::kPiecesOfLine &&
-           shape.expert_count <= kSharedExpertCountMax && shape.rank_count <= kLineRankCountMax;
+           shape.topk_max <= kWeightsOfLine && shape.expert_count <= kSharedExpertCountMax &&
+           shape.rank_count <= kLineRankCountMax;
 }
 
 // One part of a row, in the lanes of a warp.

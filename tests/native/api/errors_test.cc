@@ -594,6 +594,9 @@ TEST_F(Refused, ConfigurationsWhoseFieldsContradict) {
     config.expert_count = config.token_count_max = 65536;
     expect_refused(mep_buffer_query_sizes(&config, 1, &sizes), MEP_INVALID_ARGUMENT,
                    {"expert_count 65536", "token_count_max 65536", "2^31"});
+    config.expert_count = 512;
+    expect_refused(mep_buffer_query_sizes(&config, 256, &sizes), MEP_INVALID_ARGUMENT,
+                   {"token_count_max is 65536", "256 ranks", "2^24"});
     config = buffer_config(1);
     for (const int rank_count : {0, -1, 1025})
         expect_refused(mep_buffer_query_sizes(&config, rank_count, &sizes), MEP_INVALID_ARGUMENT,

@@ -83,6 +83,17 @@ TEST(EmuKernels, ServeThreeRanksByLine) {
     expect_rounds_are_right(rig, 1050, 3);
 }
 
+// What is no expert is not taken for the only one there is.
+TEST(EmuKernels, ServeOneExpert) {
+    Rig rig = small_bf16(Weights::kAtDispatch);
+    rig.ranks = rig.experts = 1;
+    rig.topk = 2;
+    rig.hidden = 8;
+    rig.tokens_max = 16;
+    expect_rounds_are_right(rig, 1060, 2);
+    if (kWide) expect_rounds_are_right(by_line(rig), 1070, 2);
+}
+
 TEST(EmuKernels, CarryFp8ByLine) {
     if (!kWide) GTEST_SKIP() << "a line takes 8 lanes";
     Rig rig = by_line(small(Element::kBf16, Quant::kFp8, Weights::kAtDispatch));
@@ -164,6 +175,16 @@ TEST(EmuKernels, GoOnWithoutARankThatNeverStarts) {
     rig.ranks = 3;
     rig.experts = 6;
     expect_survivors_go_on(rig, 1, 900);
+}
+
+TEST(EmuKernels, KeepEachOtherWhenOneNeverStarts) {
+    if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = small_bf16(Weights::kNone);
+    rig.ranks = 3;
+    rig.experts = 6;
+    rig.hidden = 8;
+    expect_survivors_keep_each_other(rig, 1, 2, 950);
+    if (kWide) expect_survivors_keep_each_other(by_line(rig), 1, 2, 960);
 }
 
 }  // namespace

@@ -210,7 +210,7 @@ inline void expect_ends(Fleet &fleet, Round &round, Phase phase, int dead) {
               std::chrono::nanoseconds(fleet.rig().timeout_ns) + slack);
 }
 
-constexpr uint64_t kShortNs = 20'000'000, kLongNs = 30'000'000'000;
+constexpr uint64_t kShortNs = 20'000'000, kMediumNs = 1'000'000'000, kLongNs = 30'000'000'000;
 
 // A rank that never starts.
 inline void expect_survivors_go_on(Rig rig, int dead, uint64_t seed) {
@@ -228,6 +228,26 @@ inline void expect_survivors_go_on(Rig rig, int dead, uint64_t seed) {
     Round next = fleet.round(seed + 1, {}, {dead});
     fleet.run([&](int rank) { fleet.both(next.tasks[rank]); }, {dead});
     expect_right(fleet, next);
+}
+
+// The same where a launch sends and receives, and a survivor starts late: who waits for the dead
+// rank is late with its own rows, and is not taken for dead for that.
+inline void expect_survivors_keep_each_other(Rig rig, int late, int dead, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed) + ", dead rank " + std::to_string(dead));
+    rig.timeout_ns = kMediumNs;
+    Fleet fleet(rig);
+    Round round = fleet.round(seed, std::vector<int>(rig.ranks, rig.tokens_max), {dead});
+    const auto late_start =
+        std::chrono::steady_clock::now() + std::chrono::nanoseconds(kMediumNs / 4);
+    fleet.run(
+        [&](int rank) {
+            while (rank == late && std::chrono::steady_clock::now() < late_start)
+                sched_yield();
+            fleet.both(round.tasks[rank]);
+        },
+        {dead});
+    expect_masked(fleet, dead);
+    expect_right(fleet, round);
 }
 
 // A rank that takes part in dispatch, and then no more: its experts' share is left out of combine.
