@@ -187,22 +187,41 @@ EP_DEVICE void tell_counts(const Round &r, uint64_t epoch, LineDispatchShared *s
     if (Block::rank() == 0) r.routing.state->dispatch_epoch = epoch;
 }
 
+// Word i of those in a window that tell counts: all sources' counts for each expert, then each
+// source's number of tokens.
+struct CountWord {
+    int source, index;  // as Layout::count() has them
+
+    EP_DEVICE static CountWord of(const Round &r, int i) {
+        const int experts = r.layout.local_expert_count;
+        const int counts = r.layout.shape.rank_count * experts;
+        if (i >= counts) return {i - counts, experts};
+        const int source = r.local_experts.quotient(i);
+        return {source, i - source * experts};
+    }
+    EP_DEVICE const uint64_t *in(const Round &r, uint64_t epoch) const {
+        return r.layout.count(r.window(r.rank), epoch, source, index);
+    }
+    // Where the threads of a block keep it.
+    EP_DEVICE int32_t *place(const Round &r, LineDispatchShared *shared) const {
+        const int experts = r.layout.local_expert_count;
+        return index < experts ? &shared->begins[source * experts + index]
+                               : &shared->tokens[source];
+    }
+};
+
 // Waits for all counts, and says whose are valid. The counter.
 EP_DEVICE void decide_sources(const DispatchArgs &a, uint64_t epoch, LineDispatchShared *shared) {
     const Round &r = a.round;
     const Layout &layout = r.layout;
     const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
-    char *window = r.window(r.rank);
     const Wait wait(r);
-    // The words of a source lie beside each other, its token count last.
     EP_ROLLED
     for (int i = Block::rank(); i < ranks * (experts + 1); i += Block::size()) {
-        const int source = i < ranks * experts ? r.local_experts.quotient(i) : i - ranks * experts;
-        const int index = i < ranks * experts ? i - source * experts : experts;
-        const int count =
-            await_count(wait, layout.count(window, epoch, source, index), epoch, source);
-        if (count < 0) fetch_add(&shared->lost[source], 1);
-        (index < experts ? shared->begins[i] : shared->tokens[source]) = count;
+        const CountWord word = CountWord::of(r, i);
+        const int count = await_count(wait, word.in(r, epoch), epoch, word.source);
+        if (count < 0) fetch_add(&shared->lost[word.source], 1);
+        *word.place(r, shared) = count;
     }
     Block::sync();
     EP_ROLLED
@@ -249,15 +268,11 @@ EP_DEVICE int decided_count(const Wait &wait, uint64_t epoch, int source, const 
 EP_DEVICE void await_begins(const Round &r, uint64_t epoch, LineDispatchShared *shared) {
     const Layout &layout = r.layout;
     const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
-    char *window = r.window(r.rank);
     const Wait wait(r);
     EP_ROLLED
     for (int i = Block::rank(); i < ranks * (experts + 1); i += Block::size()) {
-        const int source = i < ranks * experts ? r.local_experts.quotient(i) : i - ranks * experts;
-        const int index = i < ranks * experts ? i - source * experts : experts;
-        const int count =
-            decided_count(wait, epoch, source, layout.count(window, epoch, source, index));
-        (index < experts ? shared->begins[i] : shared->tokens[source]) = count;
+        const CountWord word = CountWord::of(r, i);
+        *word.place(r, shared) = decided_count(wait, epoch, word.source, word.in(r, epoch));
     }
     Block::sync();
     EP_ROLLED
