@@ -9,7 +9,7 @@
 //
 // Each receiver finds by itself the numbers of its chunk, and where the rows of each source begin,
 // in the memory that its threads share. All roles go through one loop, so that there is one copy of
-// each step: a launch of few steps spends much of its time on fetching instructions.
+// each step.
 #pragma once
 
 #include "device/device.h"
