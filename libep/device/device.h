@@ -10,9 +10,7 @@
 //   Warp::count(v)               on how many lanes v is true, and on how many lower ones
 //   Warp::all(v)                 whether v is true on all lanes
 //   EP_SHARED(Type, name)        one plain struct that the threads of a block share; once a kernel
-//   EP_UNROLL, EP_ROLLED         before a loop: its body as often as it runs; only once. A launch
-//   of
-//                                few steps spends its time on fetching instructions
+//   EP_UNROLL, EP_ROLLED         before a loop: its body as often as it runs; only once
 //   grid_index<G>, grid_count<G> this group among all of the launch
 //   load, store, fetch_add       device scope, relaxed: no order, but no race
 //   publish(word, v)             all that this thread stored before is visible to whoever observes
