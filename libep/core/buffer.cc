@@ -210,6 +210,9 @@ mep_status_t Buffer::allocate() {
     int threads = 0;
     EP_TRY(count_threads(shape_.config, group_->local_rank_count(), &threads));
     EP_TRY(create_workers(threads, &workers_));
+    long bulk = 0;
+    EP_TRY(env_integer("MOONCAKE_EP_BULK_COPIES", 0, 1, 1, &bulk));
+    may_move_in_bulk_ = bulk != 0;
     EP_TRY(device()->allocate(sizeof(BufferState), &state_));
     EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &active_));
     EP_TRY(
@@ -293,6 +296,7 @@ Queue Buffer::queue(void *stream) const {
     queue.block_count = sm_count();
     // With a limit the rest is another's, which a launch that waits for its turn must not take.
     queue.starts_early = sm_count() == device()->block_count();
+    queue.may_move_in_bulk = may_move_in_bulk_;
     queue.workers = workers_.get();
     return queue;
 }

@@ -66,6 +66,7 @@ class Buffer {
     BufferShape shape_{};
     PeerWindows windows_;
     std::unique_ptr<Workers> workers_;
+    bool may_move_in_bulk_ = true;
     std::vector<char *> addresses_;  // of the windows
     DeviceMemory state_, active_, tally_, windows_on_device_;
     std::vector<int32_t> active_seen_;  // own_active() as of the last call

@@ -23,6 +23,7 @@
 #define EP_UNROLL
 #define EP_ROLLED
 #define EP_SHARED(Type, name) Type name
+#define EP_SHARED_LARGE(Type, name) EP_SHARED(Type, name)
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
@@ -92,6 +93,21 @@ void push(char *at, bool here, bool signal, Vector piece);
 template <int kCount>
 bool pull(const char *const (&at)[kCount], const bool (&here)[kCount], bool signal, uint64_t epoch,
           Vector *pieces);
+
+// There is no engine for bulk copies; kernels with them are not made for this device, only compiled.
+constexpr bool kHasBulkCopies = false;
+constexpr int kBulkSlotBytes = 512, kBulkSlots = 1;
+void bulk_open(uint64_t *arrival);
+void bulk_expect(int bytes, uint64_t *arrival);
+void bulk_fetch(char *to, const char *from, int bytes, uint64_t *arrival);
+void bulk_await(uint64_t *arrival, uint32_t parity);
+void bulk_before_put();
+void bulk_put(char *to, const char *from, int bytes);
+void bulk_commit();
+template <int kNewest>
+void bulk_await_read();
+void bulk_await_written();
+void bulk_after_observe();
 
 // As wide as a vector register of the level.
 #if defined(__AVX512F__)
@@ -219,6 +235,14 @@ void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int bloc
         &call);
 }
 
+template <class Args>
+void launch_large(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,
+                  size_t) {
+    launch(kernel, args, queue, block_count);
+}
+inline bool moves_in_bulk(const Queue &) {
+    return false;
+}
 template <class Args>
 void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count, int) {
     launch(kernel, args, queue, block_count);

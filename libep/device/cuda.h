@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/queue.h"
+#include "wire/message.h"
 #include "wire/signal.h"
 
 #include <cuda_runtime.h>
@@ -18,6 +19,9 @@
 #define EP_UNROLL _Pragma("unroll")
 #define EP_ROLLED _Pragma("unroll 1")
 #define EP_SHARED(Type, name) __shared__ Type name
+#define EP_SHARED_LARGE(Type, name)                        \
+    extern __shared__ __align__(128) char ep_shared_large[]; \
+    Type &name = *reinterpret_cast<Type *>(ep_shared_large)
 
 namespace ep::cuda {
 
@@ -41,6 +45,11 @@ constexpr int kLineChoiceCountMax = 4096;
 constexpr bool kCastsFp8 = false;
 #else
 constexpr bool kCastsFp8 = true;
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kCastsPairs = false;
+#else
+constexpr bool kCastsPairs = true;
 #endif
 
 struct Votes {
@@ -200,6 +209,76 @@ EP_DEVICE void pass_store(Vector *to, Vector value) {
                  : "memory");
 }
 
+// Bulk copies, which a multiprocessor has an engine for from sm_90 on. What they read and write is
+// ordered with other accesses only by the words here.
+constexpr bool kHasBulkCopies = true;
+constexpr int kBulkSlotBytes = 2048, kBulkSlots = 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define EP_SM90(...) asm volatile(__VA_ARGS__)
+#else
+#define EP_SM90(...) static_cast<void>(0)  // such code is not launched; see moves_in_bulk
+#endif
+EP_DEVICE unsigned shared_address(const void *at) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(at));
+}
+EP_DEVICE void bulk_open(uint64_t *arrival) {
+    EP_SM90("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival)) : "memory");
+    EP_SM90("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+EP_DEVICE void bulk_expect(int bytes, uint64_t *arrival) {
+    EP_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrival)),
+            "r"(bytes)
+            : "memory");
+}
+EP_DEVICE void bulk_fetch(char *to, const char *from, int bytes, uint64_t *arrival) {
+    EP_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+            "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+            "l"(from), "r"(bytes), "r"(shared_address(arrival))
+            : "memory");
+}
+EP_DEVICE void bulk_await(uint64_t *arrival, uint32_t parity) {
+    uint32_t came = 1;
+    do {
+        EP_SM90(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(came)
+            : "r"(shared_address(arrival)), "r"(parity)
+            : "memory");
+    } while (came == 0);
+}
+EP_DEVICE void bulk_before_put() {
+    EP_SM90("fence.proxy.async.shared::cta;" ::: "memory");
+}
+EP_DEVICE void bulk_put(char *to, const char *from, int bytes) {
+    EP_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+            "r"(shared_address(from)), "r"(bytes)
+            : "memory");
+}
+EP_DEVICE void bulk_commit() {
+    EP_SM90("cp.async.bulk.commit_group;" ::: "memory");
+}
+template <int kNewest>
+EP_DEVICE void bulk_await_read() {
+    EP_SM90("cp.async.bulk.wait_group.read %0;" ::"n"(kNewest) : "memory");
+}
+EP_DEVICE void bulk_await_written() {
+    EP_SM90("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+EP_DEVICE void bulk_after_observe() {
+    EP_SM90("fence.proxy.async.global;" ::: "memory");
+}
+
+// Two floats to bf16 or fp16, the first in the low half.
+template <Element kType>
+EP_DEVICE uint32_t cast_pair(float low, float high) {
+    uint32_t pair;
+    if constexpr (kType == Element::kBf16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 #include "device/lanes.h"
 
 // Two floats to float8_e4m3fn, rounded to nearest even, saturating.
@@ -252,25 +331,28 @@ static __global__ void use_stack(int index, volatile char *out) {
     if (out != nullptr) *out = stack[index % kStackBytes];
 }
 
-// Whether the kernels that were loaded wait for the launch before: code for older devices, compiled
-// for this one by the driver, would not.
-inline std::atomic<bool> all_code_waits{true};
+// Whether the kernels that were loaded are code for sm_90 or later. Code for older devices, compiled
+// for this one by the driver, neither waits for the launch before nor copies in bulk.
+inline std::atomic<bool> all_code_is_sm90{true};
 
-// Every launch: `blocks` of `threads`, or only the loading.
+// Every launch: `blocks` of `threads`, or only the loading. They share so many bytes beside those
+// of EP_SHARED.
 template <class Args>
 void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, int blocks,
-                   int threads) {
+                   int threads, size_t shared_bytes = 0) {
     if (queue.load_only) {
         // The same split of the multiprocessors' memory for all: where it differs, a kernel waits
         // for a multiprocessor to be empty, and so, perhaps, for a kernel that waits for it.
-        constexpr int kSharedPercent = 50;
+        constexpr int kSharedPercent = 75;
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                              kSharedPercent);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
         cudaFuncAttributes attributes;
-        constexpr int kWaits = 90;  // the first architecture whose code has griddepcontrol
+        constexpr int kSm90 = 90;
         if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-            attributes.ptxVersion < kWaits)
-            all_code_waits = false;
+            attributes.ptxVersion < kSm90)
+            all_code_is_sm90 = false;
         return;
     }
     cudaLaunchAttribute early{};
@@ -279,9 +361,10 @@ void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, i
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
     config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(queue.stream);
     config.attrs = &early;
-    config.numAttrs = queue.starts_early && all_code_waits ? 1 : 0;
+    config.numAttrs = queue.starts_early && all_code_is_sm90 ? 1 : 0;
     cudaLaunchKernelEx(&config, kernel, args);
 }
 
@@ -300,6 +383,14 @@ inline int chunk_count_max(const Queue &queue) {
 template <class Args>
 void launch(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count) {
     launch_blocks(kernel, args, queue, block_count, kThreads);
+}
+template <class Args>
+void launch_large(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,
+                  size_t shared_bytes) {
+    launch_blocks(kernel, args, queue, block_count, kThreads, shared_bytes);
+}
+inline bool moves_in_bulk(const Queue &queue) {
+    return queue.may_move_in_bulk && all_code_is_sm90;
 }
 template <class Args>
 void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,

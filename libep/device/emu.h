@@ -3,15 +3,18 @@
 #pragma once
 
 #include "device/queue.h"
+#include "wire/message.h"
 #include "wire/signal.h"
 
 #include <barrier>
 #include <cstddef>
 #include <cstdint>
 #include <ctime>
+#include <deque>
 #include <memory>
 #include <sched.h>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define EP_DEVICE_NAMESPACE emu
@@ -21,6 +24,7 @@
 #define EP_UNROLL
 #define EP_ROLLED
 #define EP_SHARED(Type, name) Type &name = place.whole->template shared<Type>()
+#define EP_SHARED_LARGE(Type, name) EP_SHARED(Type, name)
 
 #if !defined(EP_EMU_WARP_SIZE)
 #define EP_EMU_WARP_SIZE 64
@@ -46,7 +50,7 @@ struct Team {
         static_assert(sizeof(T) <= sizeof memory, "shared memory has room");
         return *reinterpret_cast<T *>(memory);
     }
-    alignas(16) char memory[48 << 10];
+    alignas(128) char memory[48 << 10];
 };
 
 struct Place {
@@ -56,7 +60,9 @@ struct Place {
 inline thread_local Place place;
 
 constexpr bool kRolesApart = true;
-constexpr bool kCastsFp8 = false;
+constexpr bool kCastsFp8 = false, kCastsPairs = false;
+template <Element kType>
+uint32_t cast_pair(float low, float high);
 // Little enough that tests count in all ways.
 constexpr int kSharedExpertCountMax = 8;
 constexpr int kChoicesCountedByAllMax = 6;
@@ -182,6 +188,77 @@ inline void pass_store(Vector *to, Vector value) {
     *to = value;
 }
 
+// Bulk copies. What a put reads, it reads as late as it may, so that a slot that is filled too early
+// shows.
+constexpr bool kHasBulkCopies = true;
+constexpr int kBulkSlotBytes = 512, kBulkSlots = 4;  // little enough that rows of tests take several
+
+struct BulkPut {
+    char *to;
+    const char *from;
+    int bytes;
+};
+inline thread_local std::vector<BulkPut> bulk_group;  // of this lane, not committed yet
+inline thread_local std::deque<std::vector<BulkPut>> bulk_groups;
+
+// An arrival: how often all that was expected has come, whether something is expected, and how many
+// bytes of it have not come.
+struct BulkArrival {
+    uint16_t laps, expects;
+    int32_t missing;
+};
+inline void bulk_arrive(uint64_t *arrival, bool expects, int bytes) {
+    uint64_t before = __atomic_load_n(arrival, __ATOMIC_RELAXED), after;
+    do {
+        BulkArrival state;
+        __builtin_memcpy(&state, &before, sizeof state);
+        state.missing += bytes;
+        state.expects |= expects;
+        if (state.expects != 0 && state.missing == 0)
+            state = {static_cast<uint16_t>(state.laps + 1), 0, 0};
+        __builtin_memcpy(&after, &state, sizeof after);
+    } while (!__atomic_compare_exchange_n(arrival, &before, after, false, __ATOMIC_ACQ_REL,
+                                          __ATOMIC_RELAXED));
+}
+inline void bulk_open(uint64_t *arrival) {
+    __atomic_store_n(arrival, 0, __ATOMIC_RELEASE);
+}
+inline void bulk_expect(int bytes, uint64_t *arrival) {
+    bulk_arrive(arrival, true, bytes);
+}
+inline void bulk_fetch(char *to, const char *from, int bytes, uint64_t *arrival) {
+    __builtin_memcpy(to, from, bytes);
+    bulk_arrive(arrival, false, -bytes);
+}
+inline void bulk_await(uint64_t *arrival, uint32_t parity) {
+    for (BulkArrival state;; sched_yield()) {
+        const uint64_t word = __atomic_load_n(arrival, __ATOMIC_ACQUIRE);
+        __builtin_memcpy(&state, &word, sizeof state);
+        if (state.laps % 2 != parity) return;
+    }
+}
+inline void bulk_before_put() {}
+inline void bulk_put(char *to, const char *from, int bytes) {
+    bulk_group.push_back({to, from, bytes});
+}
+inline void bulk_commit() {
+    bulk_groups.push_back(std::move(bulk_group));
+    bulk_group.clear();
+}
+inline void bulk_await_newest(size_t pending) {
+    for (; bulk_groups.size() > pending; bulk_groups.pop_front())
+        for (const BulkPut &put : bulk_groups.front())
+            __builtin_memcpy(put.to, put.from, put.bytes);
+}
+template <int kNewest>
+void bulk_await_read() {
+    bulk_await_newest(kNewest);
+}
+inline void bulk_await_written() {
+    bulk_await_newest(0);
+}
+inline void bulk_after_observe() {}
+
 #include "device/lanes.h"
 
 // The lane with the signal releases what the others of its warp have stored.
@@ -243,6 +320,14 @@ inline int chunk_count_max(const Queue &queue) {
 template <class Args>
 void launch(void (*kernel)(Args), const Args &args, const Queue &, int block_count) {
     launch_blocks(block_count, kernel, args);
+}
+template <class Args>
+void launch_large(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count,
+                  size_t) {
+    launch(kernel, args, queue, block_count);
+}
+inline bool moves_in_bulk(const Queue &queue) {
+    return queue.may_move_in_bulk;
 }
 template <class Args>
 void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count, int) {

@@ -57,10 +57,16 @@ template <class Type, int kCount>
 EP_DEVICE void narrow(char *to, const Pack<kCount> &values) {
     constexpr int kBits = 8 * sizeof(typename Type::Storage), kInWord = 32 / kBits;
     Words<sizeof(typename Type::Storage) * kCount> raw = {};
-    EP_UNROLL
-    for (int i = 0; i < kCount; ++i)
-        raw.word[i / kInWord] |= Type::template encode<uint32_t, float>(values.lane[i])
-                                 << i % kInWord * kBits;
+    if constexpr (kCastsPairs && kInWord == 2) {
+        EP_UNROLL
+        for (int i = 0; i < kCount; i += 2)
+            raw.word[i / 2] = cast_pair<Type::kElement>(values.lane[i], values.lane[i + 1]);
+    } else {
+        EP_UNROLL
+        for (int i = 0; i < kCount; ++i)
+            raw.word[i / kInWord] |= Type::template encode<uint32_t, float>(values.lane[i])
+                                     << i % kInWord * kBits;
+    }
     *reinterpret_cast<decltype(raw) *>(to) = raw;
 }
 template <int kCount>
@@ -84,9 +90,8 @@ EP_DEVICE float max_magnitude(const Pack<kCount> (&packs)[kPacks]) {
     for (int pack = 0; pack < kPacks; ++pack) {
         EP_UNROLL
         for (int i = 0; i < kCount; ++i) {
-            const float value = packs[pack].lane[i];
-            const float magnitude = value < 0 ? -value : value;
-            largest = magnitude > largest ? magnitude : largest;
+            // One that is no number is passed over.
+            largest = __builtin_fmaxf(largest, __builtin_fabsf(packs[pack].lane[i]));
         }
     }
     return largest;

@@ -36,6 +36,8 @@ struct Queue {
     // that one waits for another rank's launch, which needs them.
     bool starts_early = false;
 
+    bool may_move_in_bulk = true;  // rows by bulk copies, where the device has them
+
     // Load the kernels onto the device instead of launching them. What is loaded at its first
     // launch may wait for kernels that wait for this one.
     bool load_only = false;

@@ -1,5 +1,6 @@
-// Conversions between element types, in integer arithmetic that is the same on every device. All
-// round to nearest, ties to even. Each is written once for a single value and, on the CPU, for a
+// Conversions between element types, in integer arithmetic that is the same on every device, or by
+// an instruction with the same bits. All round to nearest, ties to even, and make one NaN of all.
+// Each is written once for a single value and, on the CPU, for a
 // vector of them: Bits is uint32_t or a vector of it, Float likewise.
 #pragma once
 
@@ -18,6 +19,7 @@ EP_DEVICE To bit_cast(From from) {
 
 struct Bf16 {
     using Storage = uint16_t;
+    static constexpr Element kElement = Element::kBf16;
 
     template <class Float, class Bits>
     EP_DEVICE static Float decode(Bits value) {
@@ -27,13 +29,14 @@ struct Bf16 {
     EP_DEVICE static Bits encode(Float value) {
         const Bits bits = bit_cast<Bits>(value);
         const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-        const Bits quiet_nan = bits >> 16 | 0x40;
-        return (bits & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded;
+        const Bits nan = bits - bits + 0x7fff;
+        return (bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
     }
 };
 
 struct Fp16 {
     using Storage = uint16_t;
+    static constexpr Element kElement = Element::kFp16;
 
     template <class Float, class Bits>
     EP_DEVICE static Float decode(Bits value) {
@@ -52,13 +55,15 @@ struct Fp16 {
         const Bits subnormal = bit_cast<Bits>(bit_cast<Float>(magnitude) + 0.5f) - 0x3f000000;
         const Bits finite = magnitude >= 0x38800000 ? normal : subnormal;
         const Bits infinity = magnitude - magnitude + 0x7c00;
-        const Bits special = magnitude > 0x7f800000 ? infinity | 0x200 : infinity;
-        return (magnitude >= 0x47800000 ? special : finite) | (bits >> 16 & 0x8000);
+        const Bits signed_value =
+            (magnitude >= 0x47800000 ? infinity : finite) | (bits >> 16 & 0x8000);
+        return magnitude > 0x7f800000 ? infinity | 0x3ff : signed_value;
     }
 };
 
 struct Fp32 {
     using Storage = uint32_t;
+    static constexpr Element kElement = Element::kFp32;
 
     template <class Float, class Bits>
     EP_DEVICE static Float decode(Bits value) {
@@ -72,9 +77,10 @@ struct Fp32 {
 
 constexpr float kFp8Max = 448.0f;  // the largest float8_e4m3fn
 
-// Saturates: what is beyond kFp8Max becomes kFp8Max. All NaN are one.
+// Saturates: what is beyond kFp8Max becomes kFp8Max.
 struct Fp8 {
     using Storage = uint8_t;
+    static constexpr Element kElement = Element::kFp8;
 
     template <class Bits, class Float>
     EP_DEVICE static Bits encode(Float value) {
@@ -164,12 +170,23 @@ struct Channels {
     decltype(fetch_row<TypeOf<kType>, kPack>(nullptr)) packs[kPacks];
 
     EP_DEVICE static Channels of(const char *row, int channel, bool inside) {
-        using Type = TypeOf<kType>;
+        return from(channel, inside, [&](size_t at) { return fetch_row<Type, kPack>(row + at); });
+    }
+    // Of a row in shared memory.
+    EP_DEVICE static Channels near(const char *row, int channel, bool inside) {
+        return from(channel, inside, [&](size_t at) { return fetch<Type, kPack>(row + at); });
+    }
+
+  private:
+    using Type = TypeOf<kType>;
+
+    template <class Fetch>
+    EP_DEVICE static Channels from(int channel, bool inside, Fetch fetch_at) {
         Channels channels = {};
         EP_UNROLL
         for (int i = 0; inside && i < kPacks; ++i)
-            channels.packs[i] = fetch_row<Type, kPack>(row + (channel + i * kPack) *
-                                                                 sizeof(typename Type::Storage));
+            channels.packs[i] =
+                fetch_at((channel + i * kPack) * sizeof(typename Type::Storage));
         return channels;
     }
 };
@@ -195,42 +212,51 @@ EP_DEVICE Cast<kPieces> cast_channels(const Channels<kType, kPieces> &channels, 
     return cast;
 }
 
-// Casts one row to float8_e4m3fn with a scale per kScaleGroup channels, into each of
-// the targets to(0) .. to(count - 1). A group belongs to as many lanes as have 16 channels of it
-// each, or to the whole of a narrower warp.
-template <Element kType, class To>
-EP_DEVICE void cast_fan_out(int count, To to, const char *from, int hidden, bool power_of_two) {
-    constexpr int kLaneChannels = kScaleGroup / kWarpSize > 16 ? kScaleGroup / kWarpSize : 16;
-    constexpr int kLanes = kScaleGroup / kLaneChannels;
-    constexpr int kPieces = kLaneChannels / 16;
-    const int lane = Warp::rank() % kLanes, groups_at_once = Warp::size() / kLanes;
+// A lane's share of groups that a warp casts beside each other. A group belongs to as many lanes as
+// have 16 channels of it each, or to the whole of a narrower warp.
+struct CastLane {
+    static constexpr int kChannels = kScaleGroup / kWarpSize > 16 ? kScaleGroup / kWarpSize : 16;
+    static constexpr int kLanes = kScaleGroup / kChannels, kPieces = kChannels / 16;
+
+    int rank, group, groups_at_once;  // in the group; which of them; how many there are
+
+    EP_DEVICE static CastLane of_warp() {
+        return {Warp::rank() % kLanes, Warp::rank() / kLanes, Warp::size() / kLanes};
+    }
+    EP_DEVICE int channel(int of_group) const { return of_group * kScaleGroup + rank * kChannels; }
+};
+
+// Casts one row to float8_e4m3fn with a scale per kScaleGroup channels, into each of its targets.
+template <Element kType>
+EP_DEVICE void cast_fan_out(int count, const Target *to, const char *from, int hidden,
+                            bool power_of_two) {
+    constexpr int kPieces = CastLane::kPieces;
+    const CastLane lane = CastLane::of_warp();
     const int group_end = hidden / kScaleGroup;
-    for (int first = 0; first < group_end; first += kGroupsInFlight * groups_at_once) {
+    for (int first = 0; first < group_end; first += kGroupsInFlight * lane.groups_at_once) {
         Channels<kType, kPieces> channels[kGroupsInFlight];
         EP_UNROLL
         for (int i = 0; i < kGroupsInFlight; ++i) {
-            const int group = first + i * groups_at_once + Warp::rank() / kLanes;
-            channels[i] = Channels<kType, kPieces>::of(
-                from, group * kScaleGroup + lane * kLaneChannels, group < group_end);
+            const int group = first + i * lane.groups_at_once + lane.group;
+            channels[i] =
+                Channels<kType, kPieces>::of(from, lane.channel(group), group < group_end);
         }
         Cast<kPieces> casts[kGroupsInFlight];
         EP_UNROLL
         for (int i = 0; i < kGroupsInFlight; ++i)
-            casts[i] = cast_channels<kLanes>(channels[i], power_of_two);
+            casts[i] = cast_channels<CastLane::kLanes>(channels[i], power_of_two);
         for (int target = 0; target < count; ++target) {
-            const Target at = to(target);
+            const Target at = to[target];
             if (at.row == nullptr) continue;
             EP_UNROLL
             for (int i = 0; i < kGroupsInFlight; ++i) {
-                const int group = first + i * groups_at_once + Warp::rank() / kLanes;
+                const int group = first + i * lane.groups_at_once + lane.group;
                 if (group >= group_end) continue;
                 EP_UNROLL
                 for (int piece = 0; piece < kPieces; ++piece)
-                    pass_store(reinterpret_cast<Vector *>(at.row + group * kScaleGroup +
-                                                          lane * kLaneChannels) +
-                                   piece,
+                    pass_store(reinterpret_cast<Vector *>(at.row + lane.channel(group)) + piece,
                                casts[i].pieces[piece]);
-                if (lane == 0) at.scales[group * at.scale_stride] = casts[i].scale;
+                if (lane.rank == 0) at.scales[group * at.scale_stride] = casts[i].scale;
             }
         }
     }

@@ -15,6 +15,8 @@
 #include "kernels/combine_lines.h"
 #include "kernels/kernels.h"
 #include "kernels/routing.h"
+#include "kernels/sm90/bulk_sums.h"
+#include "kernels/sums.h"
 #include "kernels/terms.h"
 
 namespace ep::EP_DEVICE_NAMESPACE {
@@ -43,50 +45,18 @@ EP_KERNEL combine_weights(const CombineArgs a) {
     }
 }
 
-// Calls visit(sums, channel) for all channels of a row, after sum(&sums, channel) for packs of
-// them; see sum_terms for `channel`. One warp.
-template <class Sum, class Visit>
-EP_DEVICE void each_pack(int hidden, Sum sum, Visit visit) {
-    constexpr int kPacks = kPacksAtOnce;
-    int first = Warp::rank() * kPack;
-    for (; first + kPack <= hidden; first += kPacks * Warp::size() * kPack) {
-        const auto channel = [&](int i) {
-            const int at = first + i * Warp::size() * kPack;
-            return at + kPack <= hidden ? at : -1;
-        };
-        Pack<kPack> sums[kPacks] = {};
-        sum(sums, channel);
-        EP_UNROLL
-        for (int i = 0; i < kPacks; ++i)
-            if (channel(i) >= 0) visit(sums[i], channel(i));
-    }
-    if constexpr (kPackMin < kPack)
-        for (first = hidden / kPack * kPack; first < hidden; first += kPackMin) {
-            Pack<kPackMin> sums[1] = {};
-            sum(sums, [&](int) { return first; });
-            visit(sums[0], first);
-        }
-}
-
-// The sum of a whole row's terms, to `row`. One warp.
-template <Element kType, Element kPartial>
-EP_DEVICE void reduce_terms(const Terms &terms, int hidden, char *row) {
-    each_pack(
-        hidden, [&](auto &sums, auto channel) { sum_terms<kType>(terms, channel, sums); },
-        [&](const auto &sum, int channel) { store_pack<kPartial>(row, channel, sum); });
-}
-
-// What is summed for one own token: the parts in rank order, where nullptr stands for this rank's
-// own.
-struct Parts {
-    const char *row[kTopkMax];
-    int count;
-    Terms own;
+// What the threads of a block share: each warp's own.
+template <class Sums>
+struct CombineShared {
+    typename Sums::Shared sums[kWarpsOfBlockMax];
+    Parts parts[kWarpsOfBlockMax];
 };
 
-// What the threads of a block share: each warp's own.
-struct CombineShared {
-    Parts parts[kWarpsOfBlockMax];
+// What a warp sums rows with.
+template <class Sums>
+struct Adder {
+    Sums sums;
+    Parts *parts;  // shared by the warp
 };
 
 // ---- Sending ------------------------------------------------------------------------------------
@@ -109,19 +79,22 @@ EP_DEVICE bool find_terms(const CombineArgs &a, const Wait &wait, const Outgoing
     return true;
 }
 
-template <Element kType, Element kPartial>
-EP_DEVICE void send_partial(const CombineArgs &a, const Outgoing &out, const Terms &terms) {
+template <Element kType, Element kPartial, class Sums>
+EP_DEVICE void send_partial(const CombineArgs &a, Sums *sums, const Outgoing &out,
+                            const Terms &terms) {
     const Round &r = a.round;
     char *partial =
         r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token);
-    reduce_terms<kType, kPartial>(terms, r.hidden, Layout::partial_row(partial));
+    sums->template of_terms<kType, kPartial>(terms, r.hidden, Layout::partial_row(partial));
     before_publish<Warp>();
     if (Warp::rank() == 0) publish(Layout::flag(partial), Signal::pack(out.epoch, 0));
 }
 
 // A warp per token that dispatch received.
-template <Element kType, Element kPartial>
-EP_DEVICE void send_partials(const CombineArgs &a, uint64_t epoch, const Role &role, Terms *terms) {
+template <Element kType, Element kPartial, class Sums>
+EP_DEVICE void send_partials(const CombineArgs &a, Adder<Sums> *adder, uint64_t epoch,
+                             const Role &role) {
+    Terms *terms = &adder->parts->own;
     const Round &r = a.round;
     const Wait wait(r);
     const int ranks = r.layout.shape.rank_count, warps = Warp::count_in_block();
@@ -132,7 +105,7 @@ EP_DEVICE void send_partials(const CombineArgs &a, uint64_t epoch, const Role &r
              token += role.sender_count * warps) {
             const Outgoing out{epoch, source, token};
             if (find_terms<kType>(a, wait, out, terms))
-                send_partial<kType, kPartial>(a, out, *terms);
+                send_partial<kType, kPartial>(a, &adder->sums, out, *terms);
         }
     }
 }
@@ -161,71 +134,59 @@ EP_DEVICE void await_parts(const CombineArgs &a, const Wait &wait, uint64_t epoc
     if (Warp::rank() == 0) parts->count = count;
 }
 
-// The parts' sums; see sum_terms.
-template <Element kType, Element kPartial, class Floats, int kPacks, class Channel>
-EP_DEVICE void sum_parts(const Parts &parts, Channel channel, Floats (&sums)[kPacks]) {
-    constexpr int kCount = sizeof(Floats) / sizeof(float);
-    for (int i = 0; i < parts.count; ++i) {
-        Floats values[kPacks] = {};
-        if (parts.row[i] == nullptr) {
-            sum_terms<kType>(parts.own, channel, values);
-        } else {
-            EP_UNROLL
-            for (int pack = 0; pack < kPacks; ++pack)
-                if (channel(pack) >= 0)
-                    values[pack] = load_channels<kPartial, kCount>(parts.row[i], channel(pack));
-        }
-        EP_UNROLL
-        for (int pack = 0; pack < kPacks; ++pack)
-            add(&sums[pack], values[pack]);
-    }
-}
-
 // One warp.
-template <Element kType, Element kPartial>
-EP_DEVICE void receive_token(const CombineArgs &a, const Wait &wait, uint64_t epoch, int token,
-                             Parts *parts) {
-    const Round &r = a.round;
+template <Element kType, Element kPartial, class Sums>
+EP_DEVICE void receive_token(const CombineArgs &a, Adder<Sums> *adder, const Wait &wait,
+                             uint64_t epoch, int token) {
+    Parts *parts = adder->parts;
     put_own_terms<kType>(a, token, &parts->own);
     await_parts(a, wait, epoch, token, parts);
     Warp::sync();
-    char *row = a.out + token * a.out_stride;
-    each_pack(
-        r.hidden,
-        [&](auto &sums, auto channel) { sum_parts<kType, kPartial>(*parts, channel, sums); },
-        [&](const auto &sum, int channel) { store_pack<kType>(row, channel, sum); });
+    adder->sums.after_observe();
+    adder->sums.template of_parts<kType, kPartial>(*parts, a.round.hidden,
+                                                   a.out + token * a.out_stride);
     Warp::sync();  // before the next token's parts take the place of this one's
 }
 
 // A warp per own token.
-template <Element kType, Element kPartial>
-EP_DEVICE void receive_tokens(const CombineArgs &a, uint64_t epoch, const Role &role,
-                              Parts *parts) {
+template <Element kType, Element kPartial, class Sums>
+EP_DEVICE void receive_tokens(const CombineArgs &a, Adder<Sums> *adder, uint64_t epoch,
+                              const Role &role) {
     const Wait wait(a.round);
     const int warps = Warp::count_in_block();
     for (int token = role.receiver * warps + Warp::index_in_block(); token < a.round.token_count;
          token += role.receiver_count * warps)
-        receive_token<kType, kPartial>(a, wait, epoch, token, parts);
+        receive_token<kType, kPartial>(a, adder, wait, epoch, token);
 }
 
 // ---- Roles --------------------------------------------------------------------------------------
 
-template <Element kType, Element kPartial>
+template <Element kType, Element kPartial, class Sums>
 EP_KERNEL combine_kernel(const CombineArgs a) {
     after_launches_before();
-    EP_SHARED(CombineShared, shared);
+    EP_SHARED_LARGE(CombineShared<Sums>, shared);
     const Round &r = a.round;
     const Role role = Role::of(r);
     const uint64_t epoch = combine_epoch_of(r);
-    Parts *parts = &shared.parts[Warp::index_in_block()];
+    const int warp = Warp::index_in_block();
+    Adder<Sums> adder{Sums(&shared.sums[warp]), &shared.parts[warp]};
     if (role.counts && r.sends()) tell_peers(r, epoch);
-    if (role.sender >= 0 && r.sends()) send_partials<kType, kPartial>(a, epoch, role, &parts->own);
-    if (role.receiver >= 0 && r.receives()) receive_tokens<kType, kPartial>(a, epoch, role, parts);
+    if (role.sender >= 0 && r.sends()) send_partials<kType, kPartial>(a, &adder, epoch, role);
+    if (role.receiver >= 0 && r.receives())
+        receive_tokens<kType, kPartial>(a, &adder, epoch, role);
     if (role.counts && r.receives()) await_arrivals(r, epoch);
     if (r.sends()) hand_in(&r.state->combine_tickets);
 }
 
 // ---- Launching ----------------------------------------------------------------------------------
+
+template <Element kType, Element kPartial, class Sums>
+void launch_sums(const CombineArgs &args, Phases phases, const Queue &queue) {
+    launch_phases(combine_kernel<kType, kPartial, Sums>, args, phases, queue,
+                  [](auto kernel, const auto &a, const Queue &q, int blocks) {
+                      launch_large(kernel, a, q, blocks, sizeof(CombineShared<Sums>));
+                  });
+}
 
 template <Element kType, Element kPartial>
 int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
@@ -238,7 +199,11 @@ int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
     if (has_phase(phases, Phases::kSend) && args.topk_weights != nullptr)
         launch_all(combine_weights, args, queue, r.token_count);
     set_roles(&r, queue, (shape.rank_count - 1) * shape.token_count_max, r.token_count);
-    launch_phases(combine_kernel<kType, kPartial>, args, phases, queue);
+    if constexpr (kHasBulkCopies)
+        if (queue.load_only || moves_in_bulk(queue))
+            launch_sums<kType, kPartial, BulkSums>(args, phases, queue);
+    if (queue.load_only || !moves_in_bulk(queue))
+        launch_sums<kType, kPartial, LaneSums>(args, phases, queue);
     return launch_error();
 }
 

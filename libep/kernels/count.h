@@ -22,6 +22,26 @@ struct Chunk {
     }
 };
 
+// The order in which a rank sends its tokens, if it has as many multiprocessors as this one: all
+// chunks at once, each from its beginning. Whoever waits for them in another waits longer.
+struct SendOrder {
+    int token_count, chunk_count;
+
+    EP_DEVICE SendOrder(int tokens, int chunk_count_max)
+        : token_count(tokens), chunk_count(tokens < chunk_count_max ? tokens : chunk_count_max) {}
+    // Places in the order; there may be none for a token at some.
+    EP_DEVICE int size() const {
+        return token_count == 0
+                   ? 0
+                   : (token_count + chunk_count - 1) / chunk_count * chunk_count;
+    }
+    EP_DEVICE int token(int place) const {
+        const Chunk chunk = Chunk::of(place % chunk_count, chunk_count, token_count);
+        const int token = chunk.begin + place / chunk_count;
+        return token < chunk.end ? token : -1;
+    }
+};
+
 // For Round::choice_bits: of an expert, and one more for the negative numbers that stand for none.
 inline int choice_bits(int expert_count) {
     int bits = 2;  // -1 and -2 are not the same
@@ -52,7 +72,8 @@ EP_DEVICE bool is_repeat(const DispatchArgs &a, int64_t expert, int i) {
 
 constexpr int kChoicesAtOnce =
     kWarpSize == 1 ? 1 : 4;        // of a lane, loaded before the first is used
-constexpr int kTalliesAtOnce = 8;  // loaded before the first is added
+constexpr int kManyLooks = kWarpSize == 1 ? 1 : 8;
+constexpr int kTalliesAtOnce = kWarpSize == 1 ? 1 : 32;  // loaded before the first is added
 
 // A warp's share of a block's choices: whole tokens, if they have no more choices than it has
 // lanes.
@@ -132,29 +153,50 @@ EP_DEVICE void tally_choices(const DispatchArgs &a, int end, int32_t *tally) {
     });
 }
 
-// Keeps a chunk's choices in the handle.
-EP_DEVICE void keep_choices(const DispatchArgs &a, Chunk chunk) {
-    each_choice(a, chunk.begin, chunk.end, [&](int i, int32_t choice, int expert) {
-        a.round.routing.choices[i] = choice;
-        if (expert == kInvalidExpert) fetch_add(&a.round.state->invalid_expert_ids, uint64_t{1});
-    });
+// Keeps a choice in the handle.
+EP_DEVICE void keep_choice(const Round &r, int i, int32_t choice, int expert) {
+    r.routing.choices[i] = choice;
+    if (expert == kInvalidExpert) fetch_add(&r.state->invalid_expert_ids, uint64_t{1});
 }
 
-// The first launch, when counts_ahead(): a block per chunk.
+// Where a block adds up choices of each expert: `shared` if there is room, otherwise a row of its
+// own.
+EP_DEVICE int32_t *sums_of(const DispatchArgs &a, int row, int32_t *shared) {
+    const int experts = a.round.layout.shape.expert_count;
+    return experts <= kSharedExpertCountMax ? shared
+                                            : a.tally + size_t(a.round.chunk_count + row) * experts;
+}
+
+// What the threads of a block that counts or numbers share.
+struct CountShared {
+    int32_t sums[kSharedExpertCountMax];            // of each expert
+    int32_t choices[kWarpsOfBlockMax * kWarpSize];  // one of each thread
+};
+
+EP_DEVICE void clear_sums(const DispatchArgs &a, int32_t *sums) {
+    for (int e = Block::rank(); e < a.round.layout.shape.expert_count; e += Block::size())
+        sums[e] = 0;
+    Block::sync();
+}
+
+// The first launch, when counts_ahead(): a block per chunk keeps and counts its choices.
 EP_KERNEL dispatch_tally(const DispatchArgs a) {
     after_launches_before();
+    EP_SHARED(CountShared, shared);
     const Round &r = a.round;
     const int experts = r.layout.shape.expert_count;
     for (int i = grid_index<Block>(); i < r.chunk_count; i += grid_count<Block>()) {
         const Chunk chunk = Chunk::of(i, r.chunk_count, r.token_count);
-        int32_t *tally = a.tally + size_t(i) * experts;
-        for (int e = Block::rank(); e < experts; e += Block::size())
-            tally[e] = 0;
-        keep_choices(a, chunk);
+        int32_t *sums = sums_of(a, i, shared.sums);
+        clear_sums(a, sums);
+        each_choice(a, chunk.begin, chunk.end, [&](int at, int32_t choice, int expert) {
+            keep_choice(r, at, choice, expert);
+            if (choice >= 0) fetch_add(&sums[choice], 1);
+        });
         Block::sync();
-        for (int j = chunk.begin * r.topk + Block::rank(); j < chunk.end * r.topk;
-             j += Block::size())
-            if (r.routing.choices[j] >= 0) fetch_add(&tally[r.routing.choices[j]], 1);
+        for (int e = Block::rank(); e < experts; e += Block::size())
+            a.tally[size_t(i) * experts + e] = sums[e];
+        Block::sync();  // before the next chunk's sums take the place of these
     }
 }
 
@@ -181,20 +223,11 @@ EP_DEVICE void add_tallies(const DispatchArgs &a, int count, int32_t *sums) {
     }
 }
 
-// Where a block adds up: `shared` if there is room.
-EP_DEVICE int32_t *sums_of(const DispatchArgs &a, int row, int32_t *shared) {
-    const int experts = a.round.layout.shape.expert_count;
-    return experts <= kSharedExpertCountMax ? shared
-                                            : a.tally + size_t(a.round.chunk_count + row) * experts;
-}
-
 // How many choices of each expert the tokens before a chunk made; of all tokens for the chunk after
 // the last. The whole block.
 EP_DEVICE void count_before(const DispatchArgs &a, int chunk, int32_t *sums) {
     const Round &r = a.round;
-    for (int e = Block::rank(); e < r.layout.shape.expert_count; e += Block::size())
-        sums[e] = 0;
-    Block::sync();
+    clear_sums(a, sums);
     if (counts_ahead(r))
         add_tallies(a, chunk, sums);
     else
@@ -202,34 +235,50 @@ EP_DEVICE void count_before(const DispatchArgs &a, int chunk, int32_t *sums) {
     Block::sync();
 }
 
-// Numbers the choices of `count` tokens, one after the other: those of one are of different
-// experts. `next` are the numbers that come next. Calls take(i, number) for the choices. One warp.
-template <class Choice, class Take>
-EP_DEVICE void number_choices(const Choice *choices, int count, int topk, int32_t *next,
-                              Take take) {
-    for (int token = 0; token < count; ++token) {
-        for (int k = Warp::rank(); k < topk; k += Warp::size()) {
-            const int i = token * topk + k;
-            if (choices[i] < 0) continue;
-            const int32_t number = next[choices[i]];
-            next[choices[i]] = number + 1;
-            take(i, number);
+// Numbers choices of one token after the other; those of one are of different experts. `next` are the
+// numbers that come next. Calls take(i, number) for the choices. The whole block, which shares both;
+// kLooksAtOnce choices are loaded before the first is compared.
+template <int kLooksAtOnce, class Choice, class Take>
+EP_DEVICE void number_choices(const Choice *choices, int count, int32_t *next, Take take) {
+    // As many at once as there are threads: each asks which of those before it are of its expert.
+    for (int first = 0; first < count; first += Block::size()) {
+        const int i = first + Block::rank();
+        const int32_t choice = i < count ? choices[i] : Routing::kNoChoice;
+        const int end = choice >= 0 ? i : first;
+        int number = 0, before = first;
+        for (; before + kLooksAtOnce <= end; before += kLooksAtOnce) {
+            EP_UNROLL
+            for (int j = 0; j < kLooksAtOnce; ++j)
+                number += choices[before + j] == choice;
         }
-        Warp::sync();
+        for (; before < end; ++before)
+            number += choices[before] == choice;
+        if (choice >= 0) take(i, next[choice] + number);
+        Block::sync();
+        if (choice >= 0) fetch_add(&next[choice], 1);
+        Block::sync();
     }
 }
 
-// Keeps and numbers the choices of one chunk. The whole block.
-EP_DEVICE void number_chunk(const DispatchArgs &a, int index, int32_t *next) {
+// Keeps and numbers the choices of one chunk. The whole block; `next` has room for each expert.
+EP_DEVICE void number_chunk(const DispatchArgs &a, int index, int32_t *next, CountShared *shared) {
     const Round &r = a.round;
     const Chunk chunk = Chunk::of(index, r.chunk_count, r.token_count);
-    if (!counts_ahead(r)) keep_choices(a, chunk);
+    if (!counts_ahead(r))
+        each_choice(a, chunk.begin, chunk.end, [&](int i, int32_t choice, int expert) {
+            keep_choice(r, i, choice, expert);
+        });
     count_before(a, index, next);
-    const int first = chunk.begin * r.topk;
-    if (Warp::index_in_block() == 0)
-        number_choices(r.routing.choices + first, chunk.end - chunk.begin, r.topk, next,
-                       [&](int i, int32_t number) { r.routing.positions[first + i] = number; });
-    Block::sync();
+    const int last = chunk.end * r.topk;
+    for (int first = chunk.begin * r.topk; first < last; first += Block::size()) {
+        const int rest = last - first, count = rest < Block::size() ? rest : Block::size();
+        if (Block::rank() < count)
+            shared->choices[Block::rank()] = r.routing.choices[first + Block::rank()];
+        Block::sync();
+        number_choices<kManyLooks>(shared->choices, count, next, [&](int i, int32_t number) {
+            r.routing.positions[first + i] = number;
+        });
+    }
 }
 
 // Tells every rank how many tokens this one has, and how many for each of its experts. A block.
@@ -246,31 +295,11 @@ EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *su
         if (is_active(r, e / per_rank))
             post(layout.count(r.window(e / per_rank), epoch, r.rank, e % per_rank),
                  Signal::pack(epoch, sums[e]));
-    Block::sync();  // before the next chunk's sums take the place of these
+    Block::sync();  // before other sums take the place of these
 }
-
-// What the threads of a block that counts share.
-struct CountShared {
-    int32_t sums[kSharedExpertCountMax];  // of each expert
-};
 
 EP_DEVICE uint64_t dispatch_epoch_of(const Round &r) {
     return epoch_of(r, r.state->dispatch_tickets, r.routing.state->dispatch_epoch);
-}
-
-// The launch before the one that sends: publishes the counts, and numbers all choices, a block per
-// chunk.
-EP_KERNEL dispatch_number(const DispatchArgs a) {
-    after_launches_before();
-    EP_SHARED(CountShared, shared);
-    const Round &r = a.round;
-    for (int i = grid_index<Block>(); i <= r.chunk_count; i += grid_count<Block>()) {
-        int32_t *sums = sums_of(a, i, shared.sums);
-        if (i == 0)
-            publish_counts(a, dispatch_epoch_of(r), sums);
-        else
-            number_chunk(a, i - 1, sums);
-    }
 }
 
 // Waits for a count from `source`; -1 if it has failed. A limit it breaks masks the source.

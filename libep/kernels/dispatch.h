@@ -1,12 +1,11 @@
 // dispatch: every token travels once to each rank that owns one of its experts, and is packed there
-// by expert. First its choices are counted and numbered (kernels/count.h), then a launch moves
-// rows; its blocks have roles:
+// by expert. One launch (before it another, if there are many choices to count; kernels/count.h),
+// whose blocks have roles:
 //
-//   counter    when all ranks have told how many tokens they have for each expert of this one,
-//              decides where each source's rows begin in each expert's region
-//   senders    write their tokens' rows to the ranks of their experts, in the token's slot, and to
-//   the
-//              rows of their experts on this rank
+//   counter    tells every rank how many tokens this one has for each of its experts; when all have
+//              told, decides where each source's rows begin in each expert's region
+//   senders    number a chunk's choices; write its rows to the ranks of their experts, in the
+//              token's slot, and to the rows of their experts on this rank
 //   receivers  wait for each message, and place its row
 //
 // SEND and RECEIVE are the halves of that, for callers who want something between them. Nothing is
@@ -20,37 +19,50 @@
 #include "kernels/kernels.h"
 #include "kernels/place.h"
 #include "kernels/routing.h"
+#include "kernels/rows.h"
+#include "kernels/sm90/bulk_rows.h"
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
 // What the threads of a block share.
+template <class Rows>
 struct DispatchShared {
-    int32_t counts[kSharedExpertCountMax];  // the counter's, of each global expert
+    typename Rows::Shared rows[kWarpsOfBlockMax];
+    CountShared count;
     RowTargets targets[kWarpsOfBlockMax];
 };
 
-constexpr int kRowLoads = 14;  // in flight of a lane that moves a whole row
+// What a warp moves rows with.
+template <class Rows>
+struct Mover {
+    Rows rows;
+    RowTargets *targets;  // shared by the warp
+};
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
-// Copies or casts a token's row to the targets to(0) .. to(count - 1).
-template <bool kCast, Element kType, class To>
-EP_DEVICE void put_row(const DispatchArgs &a, int token, int count, To to) {
+// Copies the scales of a row to its targets.
+EP_DEVICE void put_scales(const float *scales, int64_t stride, int group_count, int count,
+                          const Target *to) {
+    for (int g = Warp::rank(); g < group_count; g += Warp::size()) {
+        const float scale = scales[g * stride];
+        for (int i = 0; i < count; ++i)
+            if (to[i].row != nullptr) to[i].scales[g * to[i].scale_stride] = scale;
+    }
+}
+
+// Copies or casts a token's row to its targets.
+template <bool kCast, Element kType, class Rows>
+EP_DEVICE void put_row(const DispatchArgs &a, Rows *rows, int token, int count, const Target *to) {
     const int hidden = a.round.hidden;
     const char *row = a.x + token * a.x_stride;
     if constexpr (kCast) {
-        cast_fan_out<kType>(count, to, row, hidden, a.quant == Quant::kFp8Pow2);
+        rows->template cast_fan_out<kType>(count, to, row, hidden, a.quant == Quant::kFp8Pow2);
     } else {
-        fan_out<Warp, kRowLoads>(
-            count, [&](int i) { return to(i).row; }, row, size_t(hidden) * element_bytes(kType),
-            a.round.caching);
-        if constexpr (kType == Element::kFp8) {
-            const float *scales = a.x_scales.data + token * a.x_scales.row_stride;
-            for (int g = Warp::rank(); g < hidden / kScaleGroup; g += Warp::size())
-                for (int i = 0; i < count; ++i)
-                    if (const Target at = to(i); at.row != nullptr)
-                        at.scales[g * at.scale_stride] = scales[g * a.x_scales.group_stride];
-        }
+        rows->fan_out(count, to, row, size_t(hidden) * element_bytes(kType), a.round.caching);
+        if constexpr (kType == Element::kFp8)
+            put_scales(a.x_scales.data + token * a.x_scales.row_stride, a.x_scales.group_stride,
+                       hidden / kScaleGroup, count, to);
     }
 }
 
@@ -82,14 +94,14 @@ EP_DEVICE int32_t row_of(const Round &r, uint64_t epoch, int source, const Entry
 struct Incoming {
     uint64_t epoch;
     int source, token;
-    int32_t *rows;  // of its entries, shared by the warp
+    Target *to;  // of its entries, shared by the warp
 };
 
 // Finds an entry's row. By value: what lies in a window may change between the check and the use.
 EP_DEVICE void take_entry(const DispatchArgs &a, const Incoming &in, int index, Entry entry) {
     const Round &r = a.round;
     const int32_t row = row_of(r, in.epoch, in.source, entry);
-    in.rows[index] = row;
+    in.to[index] = place_of(a, row);
     const size_t slot = size_t(in.source) * r.layout.shape.token_count_max + in.token;
     const size_t at = slot * r.layout.shape.topk_max + index;
     if (row < 0) fetch_add(&r.state->invalid_messages, uint64_t{1});
@@ -122,46 +134,42 @@ EP_DEVICE int take_own(const DispatchArgs &a, const Incoming &in) {
 }
 
 // Places this rank's own token. One warp.
-template <bool kCast, Element kType>
-EP_DEVICE void place_own(const DispatchArgs &a, const Incoming &in) {
+template <bool kCast, Element kType, class Rows>
+EP_DEVICE void place_own(const DispatchArgs &a, Rows *rows, const Incoming &in) {
     const int count = take_own(a, in);
-    put_row<kCast, kType>(a, in.token, count, [&](int i) { return place_of(a, in.rows[i]); });
-    Warp::sync();  // before the next token's rows take the place of this one's
+    put_row<kCast, kType>(a, rows, in.token, count, in.to);
+    Warp::sync();  // before the next token's targets take the place of this one's
 }
 
-// Copies an arrived row, and its scales, to each of the rows.
-template <Element kOut>
-EP_DEVICE void unpack_row(const DispatchArgs &a, const char *payload, const int32_t *rows,
-                          int count) {
+// Copies an arrived row, and its scales, to its targets.
+template <Element kOut, class Rows>
+EP_DEVICE void unpack_row(const DispatchArgs &a, Rows *rows, const char *payload, int count,
+                          const Target *to) {
     const size_t row_bytes = size_t(a.round.hidden) * element_bytes(kOut);
-    fan_out<Warp, kRowLoads>(
-        count, [&](int i) { return place_of(a, rows[i]).row; }, payload, row_bytes,
-        a.round.caching);
-    if constexpr (kOut == Element::kFp8) {
-        const auto *scales = reinterpret_cast<const float *>(payload + row_bytes);
-        for (int g = Warp::rank(); g < a.round.hidden / kScaleGroup; g += Warp::size())
-            for (int i = 0; i < count; ++i)
-                if (const Target at = place_of(a, rows[i]); at.row != nullptr)
-                    at.scales[g * at.scale_stride] = scales[g];
-    }
+    rows->fan_out(count, to, payload, row_bytes, a.round.caching);
+    if constexpr (kOut == Element::kFp8)
+        put_scales(reinterpret_cast<const float *>(payload + row_bytes), 1,
+                   a.round.hidden / kScaleGroup, count, to);
 }
 
 // Waits for a message by flag, and places its row; nothing of it if its source has failed. One
 // warp.
-template <Element kOut>
-EP_DEVICE void receive_message(const DispatchArgs &a, const Wait &wait, const Incoming &in) {
+template <Element kOut, class Rows>
+EP_DEVICE void receive_message(const DispatchArgs &a, Rows *rows, const Wait &wait,
+                               const Incoming &in) {
     const Round &r = a.round;
     char *message = r.layout.message(r.window(r.rank), in.epoch, r.rank, in.source, in.token);
     uint64_t signal;
     const bool came = wait.until<Warp>(Layout::flag(message), in.epoch, in.source, &signal);
+    rows->after_observe();
     const int said = came ? entry_count(r, signal) : 0, count = said < 0 ? 0 : said;
     if (said < 0 && Warp::rank() == 0) fetch_add(&r.state->invalid_messages, uint64_t{1});
     for (int i = Warp::rank(); i < count; i += Warp::size())
         take_entry(a, in, i, Layout::entries(message)[i]);
     keep_row_count(a, in, count);
     Warp::sync();
-    unpack_row<kOut>(a, r.layout.payload(message), in.rows, count);
-    Warp::sync();  // before the next token's rows take the place of this one's
+    unpack_row<kOut>(a, rows, r.layout.payload(message), count, in.to);
+    Warp::sync();  // before the next token's targets take the place of this one's
 }
 
 // ---- Sending by flag ----------------------------------------------------------------------------
@@ -169,8 +177,9 @@ EP_DEVICE void receive_message(const DispatchArgs &a, const Wait &wait, const In
 // Sends a token to all its ranks, and places it here if the launch also receives: one read of its
 // row. A rank that it does not go to gets an empty message, so that nobody has to be told how many
 // messages there are. One warp.
-template <bool kCast, Element kType>
-EP_DEVICE void send_token(const DispatchArgs &a, uint64_t epoch, int token, RowTargets *targets) {
+template <bool kCast, Element kType, class Rows>
+EP_DEVICE void send_token(const DispatchArgs &a, Mover<Rows> *mover, uint64_t epoch, int token) {
+    RowTargets *targets = mover->targets;
     const Round &r = a.round;
     const Layout &layout = r.layout;
     const size_t row_bytes = size_t(r.hidden) * element_bytes(kCast ? Element::kFp8 : kType);
@@ -187,19 +196,17 @@ EP_DEVICE void send_token(const DispatchArgs &a, uint64_t epoch, int token, RowT
             publish(Layout::flag(message_to(peer)), Signal::pack(epoch, 0));
         if (count == 0) continue;
         if (Warp::rank() == 0) {
+            char *payload = layout.payload(message_to(peer));
+            targets->to[peers] = {payload, reinterpret_cast<float *>(payload + row_bytes), 1};
             targets->peers[peers] = peer;
             targets->counts[peers] = count;
         }
         ++peers;
     }
-    const int rows = r.receives() ? take_own(a, {epoch, r.rank, token, targets->rows}) : 0;
+    const int rows = r.receives() ? take_own(a, {epoch, r.rank, token, targets->to + peers}) : 0;
     Warp::sync();
-    put_row<kCast, kType>(a, token, peers + rows, [&](int i) {
-        if (i >= peers) return place_of(a, targets->rows[i - peers]);
-        char *payload = layout.payload(message_to(targets->peers[i]));
-        return Target{payload, reinterpret_cast<float *>(payload + row_bytes), 1};
-    });
-    before_publish<Warp>();
+    put_row<kCast, kType>(a, &mover->rows, token, peers + rows, targets->to);
+    mover->rows.before_publish(peers);
     for (int i = Warp::rank(); i < peers; i += Warp::size())
         publish(Layout::flag(message_to(targets->peers[i])),
                 Signal::pack(epoch, targets->counts[i]));
@@ -208,55 +215,86 @@ EP_DEVICE void send_token(const DispatchArgs &a, uint64_t epoch, int token, RowT
 
 // ---- Roles --------------------------------------------------------------------------------------
 
-template <bool kCast, Element kType>
-EP_DEVICE void send_tokens(const DispatchArgs &a, uint64_t epoch, const Role &role,
-                           RowTargets *targets) {
+template <bool kCast, Element kType, class Rows>
+EP_DEVICE void send_tokens(const DispatchArgs &a, Mover<Rows> *mover, uint64_t epoch,
+                           const Role &role) {
     const Round &r = a.round;
-    const int warps = Warp::count_in_block();
-    for (int token = role.sender * warps + Warp::index_in_block(); token < r.token_count;
-         token += role.sender_count * warps) {
+    const Chunk chunk = Chunk::of(role.sender, role.sender_count, r.token_count);
+    for (int token = chunk.begin + Warp::index_in_block(); token < chunk.end;
+         token += Warp::count_in_block()) {
         if (r.sends())
-            send_token<kCast, kType>(a, epoch, token, targets);
+            send_token<kCast, kType>(a, mover, epoch, token);
         else  // a launch that sends has placed them
-            place_own<kCast, kType>(a, {epoch, r.rank, token, targets->rows});
+            place_own<kCast, kType>(a, &mover->rows, {epoch, r.rank, token, mover->targets->to});
     }
 }
 
-template <Element kOut>
-EP_DEVICE void receive_messages(const DispatchArgs &a, uint64_t epoch, const Role &role,
-                                int32_t *rows) {
+template <Element kOut, class Rows>
+EP_DEVICE void receive_messages(const DispatchArgs &a, Mover<Rows> *mover, uint64_t epoch,
+                                const Role &role) {
     const Round &r = a.round;
     const int ranks = r.layout.shape.rank_count, warps = Warp::count_in_block();
     for (int step = 1; step < ranks; ++step) {
         const int source = (r.rank + step) % ranks;
-        const int tokens = decided(&r.routing.token_counts[source], epoch);
+        const SendOrder order(decided(&r.routing.token_counts[source], epoch), r.chunk_count_max);
         // From here on: a source sends only when its own counter has decided, which may have taken
         // as long as this one's, if both waited for a third that is lost.
         const Wait wait(r);
-        for (int token = role.receiver * warps + Warp::index_in_block(); token < tokens;
-             token += role.receiver_count * warps)
-            receive_message<kOut>(a, wait, {epoch, source, token, rows});
+        for (int place = role.receiver * warps + Warp::index_in_block(); place < order.size();
+             place += role.receiver_count * warps)
+            if (const int token = order.token(place); token >= 0)
+                receive_message<kOut>(a, &mover->rows, wait,
+                                      {epoch, source, token, mover->targets->to});
     }
 }
 
-template <bool kCast, Element kType>
+// What a block does that moves rows.
+template <bool kCast, Element kType, class Rows>
+EP_DEVICE void move_rows(const DispatchArgs &a, uint64_t epoch, const Role &role,
+                         DispatchShared<Rows> *shared) {
+    const int warp = Warp::index_in_block();
+    Mover<Rows> mover{Rows(&shared->rows[warp]), &shared->targets[warp]};
+    if (role.sender >= 0) send_tokens<kCast, kType>(a, &mover, epoch, role);
+    if (role.receiver >= 0 && a.round.receives())
+        receive_messages<kCast ? Element::kFp8 : kType>(a, &mover, epoch, role);
+    mover.rows.finish();
+}
+
+// What the block does that counts for all others.
+EP_DEVICE void count_for_all(const DispatchArgs &a, uint64_t epoch, CountShared *shared) {
+    const Round &r = a.round;
+    int32_t *sums = sums_of(a, r.chunk_count, shared->sums);
+    if (r.sends()) {
+        if (Block::rank() == 0) r.routing.state->dispatch_epoch = epoch;
+        publish_counts(a, epoch, sums);
+    }
+    if (r.receives()) decide_layout(a, epoch, sums);
+}
+
+template <bool kCast, Element kType, class Rows>
 EP_KERNEL dispatch_kernel(const DispatchArgs a) {
     after_launches_before();
-    EP_SHARED(DispatchShared, shared);
+    EP_SHARED_LARGE(DispatchShared<Rows>, shared);
     const Round &r = a.round;
     const Role role = Role::of(r);
     const uint64_t epoch = dispatch_epoch_of(r);
-    RowTargets *targets = &shared.targets[Warp::index_in_block()];
-    if (role.counts && r.sends() && Block::rank() == 0) r.routing.state->dispatch_epoch = epoch;
-    if (role.counts && r.receives())
-        decide_layout(a, epoch, sums_of(a, r.chunk_count + 1, shared.counts));
-    if (role.sender >= 0) send_tokens<kCast, kType>(a, epoch, role, targets);
-    if (role.receiver >= 0 && r.receives())
-        receive_messages<kCast ? Element::kFp8 : kType>(a, epoch, role, targets->rows);
+    if (role.counts) count_for_all(a, epoch, &shared.count);
+    if (role.sender >= 0 && r.sends())
+        number_chunk(a, role.sender, sums_of(a, role.sender, shared.count.sums), &shared.count);
+    if (role.sender >= 0 || role.receiver >= 0)
+        move_rows<kCast, kType>(a, epoch, role, &shared);
     if (r.sends()) hand_in(&r.state->dispatch_tickets);
 }
 
 // ---- Launching ----------------------------------------------------------------------------------
+
+template <bool kCast, Element kType, class Rows>
+void launch_rows(const DispatchArgs &args, Phases phases, const Queue &queue) {
+    launch_phases(dispatch_kernel<kCast, kType, Rows>, args, phases, queue,
+                  [](auto kernel, const auto &a, const Queue &q, int blocks) {
+                      launch_large(kernel, a, q, blocks, sizeof(DispatchShared<Rows>));
+                  });
+}
 
 template <bool kCast, Element kType>
 int launch_dispatch(DispatchArgs args, Phases phases, const Queue &queue) {
@@ -267,14 +305,16 @@ int launch_dispatch(DispatchArgs args, Phases phases, const Queue &queue) {
         if (shape.carriage == Carriage::kLine)
             return launch_dispatch_by_line<kCast, kType>(args, phases, queue);
     set_roles(&r, queue, r.token_count, (shape.rank_count - 1) * shape.token_count_max);
-    r.chunk_count = chunk_count_max(queue);
+    r.chunk_count = r.sender_block_count;
+    r.chunk_count_max = chunk_count_max(queue);
     r.phases = Phases::kSend;
-    if (has_phase(phases, Phases::kSend) || queue.load_only) {
-        if (counts_ahead(r) || queue.load_only)
-            launch_all(dispatch_tally, args, queue, r.chunk_count);
-        launch_all(dispatch_number, args, queue, r.chunk_count + 1);
-    }
-    launch_phases(dispatch_kernel<kCast, kType>, args, phases, queue);
+    if ((has_phase(phases, Phases::kSend) && counts_ahead(r)) || queue.load_only)
+        launch_all(dispatch_tally, args, queue, r.chunk_count);
+    if constexpr (kHasBulkCopies)
+        if (queue.load_only || moves_in_bulk(queue))
+            launch_rows<kCast, kType, BulkRows>(args, phases, queue);
+    if (queue.load_only || !moves_in_bulk(queue))
+        launch_rows<kCast, kType, LaneRows>(args, phases, queue);
     return launch_error();
 }
 

@@ -131,13 +131,11 @@ EP_DEVICE void learn_choices(const DispatchArgs &a, const LineBlock &block, cons
         if (expert == kInvalidExpert) fetch_add(&r.state->invalid_expert_ids, uint64_t{1});
     }
     Block::sync();
-    if (Warp::index_in_block() == 0)
-        number_choices(shared->choices + begin, chunk.token_count(), r.topk, shared->sums,
-                       [&](int i, int32_t number) {
-                           shared->positions[begin + i] = static_cast<int16_t>(number);
-                           if (keeps) r.routing.positions[begin + i] = number;
-                       });
-    Block::sync();
+    number_choices<1>(shared->choices + begin, last - begin, shared->sums,
+                   [&](int i, int32_t number) {
+                       shared->positions[begin + i] = static_cast<int16_t>(number);
+                       if (keeps) r.routing.positions[begin + i] = number;
+                   });
 }
 
 // The same of a chunk that a launch before has numbered. The whole block.

@@ -79,7 +79,9 @@ struct Round {
     Phases phases;
     int sender_block_count, receiver_block_count;
     int choice_bits;  // that tell apart the experts and what is none
-    int chunk_count;  // of tokens, for counting by flag
+    // By flag: chunks of this rank's tokens, each counted, numbered and sent by a block; of any
+    // rank's.
+    int chunk_count, chunk_count_max;
     // By line: receivers beside each other that share a chunk, parts of a row, experts of a rank.
     int receivers_of_chunk;
     Divisor parts, local_experts;
@@ -134,10 +136,9 @@ struct CombineArgs {
 };
 
 // Rows of DispatchArgs::tally for launches of at most so many chunks: each chunk's counts, then,
-// for blocks whose shared memory is too small, all counts, each chunk's next numbers, and what the
-// counter waits for.
+// for blocks whose shared memory is too small, each chunk's next numbers, and the counter's.
 constexpr int tally_row_count(int chunk_count) {
-    return 2 * chunk_count + 2;
+    return 2 * chunk_count + 1;
 }
 
 // Each returns 0 or the device runtime's error.

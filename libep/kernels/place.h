@@ -7,10 +7,10 @@
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
-// What the lanes of a warp share: where the row goes that they move.
+// What the lanes of a warp share: where the row goes that they move, first to other ranks.
 struct RowTargets {
-    int32_t rows[kTopkMax];                     // here, of the token's entries; -1: none
-    int32_t peers[kTopkMax], counts[kTopkMax];  // other ranks, and how many entries go there
+    Target to[kTopkMax];
+    int32_t peers[kTopkMax], counts[kTopkMax];  // the ranks, and how many entries go there
 };
 
 EP_DEVICE const float *weights_of(const DispatchArgs &a, int token) {

@@ -21,6 +21,14 @@ struct Terms {
     int count;
 };
 
+// What is summed for one own token: the parts in rank order, where nullptr stands for this rank's
+// own.
+struct Parts {
+    const char *row[kTopkMax];
+    int count;
+    Terms own;
+};
+
 // The rows of a token's local experts, with their weights. One warp.
 template <Element kType>
 EP_DEVICE void put_terms(const CombineArgs &a, size_t slot, const float *weights, Terms *terms) {

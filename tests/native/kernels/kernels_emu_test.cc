@@ -28,28 +28,52 @@ Rig small_bf16(Weights weights) {
     return small(Element::kBf16, Quant::kNone, weights);
 }
 
+// By flag rows move by bulk copies, or by the lanes of a warp.
+void expect_rounds_are_right_both_ways(Rig rig, uint64_t seed, int round_count) {
+    for (const bool bulk_copies : {true, false}) {
+        rig.bulk_copies = bulk_copies;
+        expect_rounds_are_right(rig, seed, round_count);
+    }
+}
+
 TEST(EmuKernels, CarryRowsAsTheyAre) {
-    expect_rounds_are_right(small_bf16(Weights::kAtDispatch), 100, kWide ? 1 : 3);
+    expect_rounds_are_right_both_ways(small_bf16(Weights::kAtDispatch), 100, kWide ? 1 : 3);
 }
 
 TEST(EmuKernels, CarryWeightsGivenAtCombine) {
     Rig rig = small_bf16(Weights::kAtCombine);
     rig.hidden = 264;  // more octets than a warp of 32 has lanes
     rig.fp32_partials = true;
-    expect_rounds_are_right(rig, 200, 1);
+    expect_rounds_are_right_both_ways(rig, 200, 1);
 }
 
 TEST(EmuKernels, CastRowsToFp8) {
     Rig rig = small(Element::kBf16, Quant::kFp8, Weights::kNone);
     rig.hidden = 384;  // three groups: not all lanes of a wide warp have one
-    expect_rounds_are_right(rig, 300, 1);
+    expect_rounds_are_right_both_ways(rig, 300, 1);
     rig.type = rig.combine_type = Element::kFp32;
     rig.quant = Quant::kFp8Pow2;
-    expect_rounds_are_right(rig, 301, 1);
+    expect_rounds_are_right_both_ways(rig, 301, 1);
 }
 
 TEST(EmuKernels, CarryFp8WithItsScales) {
-    expect_rounds_are_right(small(Element::kFp8, Quant::kNone, Weights::kNone), 400, 1);
+    expect_rounds_are_right_both_ways(small(Element::kFp8, Quant::kNone, Weights::kNone), 400, 1);
+}
+
+// More pieces than a warp has slots for, the last not full; for combine, several chunks of each of
+// several rows.
+TEST(EmuKernels, MoveLongRowsByBulkCopies) {
+    Rig rig = small_bf16(Weights::kAtDispatch);
+    rig.experts = 4;
+    rig.topk = 4;
+    rig.hidden = 1160;
+    expect_rounds_are_right(rig, 450, 1);
+    rig.fp32_partials = true;
+    expect_rounds_are_right(rig, 451, 1);
+    rig = small(Element::kFp32, Quant::kFp8, Weights::kAtDispatch);
+    rig.combine_type = Element::kFp32;
+    rig.hidden = 640;
+    expect_rounds_are_right(rig, 452, 1);
 }
 
 Rig by_line(Rig rig) {

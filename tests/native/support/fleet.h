@@ -35,6 +35,7 @@ struct Rig {
     Weights weights = Weights::kAtDispatch;
     Element combine_type = Element::kBf16;
     Carriage carriage = Carriage::kFlag;
+    bool bulk_copies = true;  // where the device has them
     bool fp32_partials = false;
     int idx_bytes = 8;
     int rounds_in_flight = 2;
@@ -68,7 +69,7 @@ inline std::ostream &operator<<(std::ostream &out, const Rig &s) {
                << " H" << s.hidden << " type" << int(s.type) << " quant" << int(s.quant)
                << " weights" << int(s.weights) << " combine" << int(s.combine_type)
                << (s.wide_partials() ? " wide" : "")
-               << (s.carriage == Carriage::kLine ? " lines" : "") << " idx" << s.idx_bytes * 8
+               << (s.carriage == Carriage::kLine ? " lines" : s.bulk_copies ? " bulk" : "") << " idx" << s.idx_bytes * 8
                << " F" << s.rounds_in_flight << " threads" << s.threads;
 }
 
@@ -193,6 +194,7 @@ class Fleet {
         Queue queue;
         queue.workers = members_[rank].workers.get();
         queue.block_count = rig_.multiprocessors;
+        queue.may_move_in_bulk = rig_.bulk_copies;
         return queue;
     }
 
