@@ -77,11 +77,12 @@ api() {
 }
 
 # One rank: a tool that slows a kernel down a hundred times would make its peers miss their deadlines.
-# Messages by line, where they may go so, and by flag.
+# Messages by line, where they may go so; by flag, by bulk copies and by the lanes.
 sanitize() {
-    local lines
-    for lines in 1 0; do
-        MOONCAKE_EP_LINES=$lines compute-sanitizer --tool "$1" --error-exitcode 1 \
+    local way
+    for way in "1 1" "0 1" "0 0"; do
+        MOONCAKE_EP_LINES=${way% *} MOONCAKE_EP_BULK_COPIES=${way#* } \
+            compute-sanitizer --tool "$1" --error-exitcode 1 \
             "$DIR/native/tests/native/gpu_test" --gtest_filter='Cuda.PassesUnderASanitizer' || return
     done
 }

@@ -94,7 +94,8 @@ template <int kCount>
 bool pull(const char *const (&at)[kCount], const bool (&here)[kCount], bool signal, uint64_t epoch,
           Vector *pieces);
 
-// There is no engine for bulk copies; kernels with them are not made for this device, only compiled.
+// There is no engine for bulk copies; kernels with them are not made for this device, only
+// compiled.
 constexpr bool kHasBulkCopies = false;
 constexpr int kBulkSlotBytes = 512, kBulkSlots = 1;
 void bulk_open(uint64_t *arrival);

@@ -19,7 +19,7 @@
 #define EP_UNROLL _Pragma("unroll")
 #define EP_ROLLED _Pragma("unroll 1")
 #define EP_SHARED(Type, name) __shared__ Type name
-#define EP_SHARED_LARGE(Type, name)                        \
+#define EP_SHARED_LARGE(Type, name)                          \
     extern __shared__ __align__(128) char ep_shared_large[]; \
     Type &name = *reinterpret_cast<Type *>(ep_shared_large)
 
@@ -223,49 +223,46 @@ EP_DEVICE unsigned shared_address(const void *at) {
 }
 EP_DEVICE void bulk_open(uint64_t *arrival) {
     EP_SM90("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival)) : "memory");
-    EP_SM90("fence.mbarrier_init.release.cluster;" ::: "memory");
+    EP_SM90("fence.mbarrier_init.release.cluster;" :: : "memory");
 }
 EP_DEVICE void bulk_expect(int bytes, uint64_t *arrival) {
     EP_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrival)),
-            "r"(bytes)
-            : "memory");
+            "r"(bytes) : "memory");
 }
 EP_DEVICE void bulk_fetch(char *to, const char *from, int bytes, uint64_t *arrival) {
-    EP_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-            "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-            "l"(from), "r"(bytes), "r"(shared_address(arrival))
-            : "memory");
+    EP_SM90(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(arrival)) : "memory");
 }
 EP_DEVICE void bulk_await(uint64_t *arrival, uint32_t parity) {
     uint32_t came = 1;
     do {
         EP_SM90(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(came)
-            : "r"(shared_address(arrival)), "r"(parity)
-            : "memory");
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, "
+            "0, p; }" : "=r"(came) : "r"(shared_address(arrival)),
+            "r"(parity) : "memory");
     } while (came == 0);
 }
 EP_DEVICE void bulk_before_put() {
-    EP_SM90("fence.proxy.async.shared::cta;" ::: "memory");
+    EP_SM90("fence.proxy.async.shared::cta;" :: : "memory");
 }
 EP_DEVICE void bulk_put(char *to, const char *from, int bytes) {
     EP_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-            "r"(shared_address(from)), "r"(bytes)
-            : "memory");
+            "r"(shared_address(from)), "r"(bytes) : "memory");
 }
 EP_DEVICE void bulk_commit() {
-    EP_SM90("cp.async.bulk.commit_group;" ::: "memory");
+    EP_SM90("cp.async.bulk.commit_group;" :: : "memory");
 }
 template <int kNewest>
 EP_DEVICE void bulk_await_read() {
     EP_SM90("cp.async.bulk.wait_group.read %0;" ::"n"(kNewest) : "memory");
 }
 EP_DEVICE void bulk_await_written() {
-    EP_SM90("cp.async.bulk.wait_group 0;" ::: "memory");
+    EP_SM90("cp.async.bulk.wait_group 0;" :: : "memory");
 }
 EP_DEVICE void bulk_after_observe() {
-    EP_SM90("fence.proxy.async.global;" ::: "memory");
+    EP_SM90("fence.proxy.async.global;" :: : "memory");
 }
 
 // Two floats to bf16 or fp16, the first in the low half.
@@ -331,8 +328,8 @@ static __global__ void use_stack(int index, volatile char *out) {
     if (out != nullptr) *out = stack[index % kStackBytes];
 }
 
-// Whether the kernels that were loaded are code for sm_90 or later. Code for older devices, compiled
-// for this one by the driver, neither waits for the launch before nor copies in bulk.
+// Whether the kernels that were loaded are code for sm_90 or later. Code for older devices,
+// compiled for this one by the driver, neither waits for the launch before nor copies in bulk.
 inline std::atomic<bool> all_code_is_sm90{true};
 
 // Every launch: `blocks` of `threads`, or only the loading. They share so many bytes beside those
@@ -343,11 +340,14 @@ void launch_blocks(void (*kernel)(Args), const Args &args, const Queue &queue, i
     if (queue.load_only) {
         // The same split of the multiprocessors' memory for all: where it differs, a kernel waits
         // for a multiprocessor to be empty, and so, perhaps, for a kernel that waits for it.
-        constexpr int kSharedPercent = 75;
+        constexpr int kSharedPercent = 70;
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                              kSharedPercent);
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+        if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes)) != cudaSuccess) {
+            cudaGetLastError();  // more than an older device has: it will not be launched
+            all_code_is_sm90 = false;
+        }
         cudaFuncAttributes attributes;
         constexpr int kSm90 = 90;
         if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&

@@ -10,6 +10,7 @@
 //   Warp::count(v)               on how many lanes v is true, and on how many lower ones
 //   Warp::all(v)                 whether v is true on all lanes
 //   EP_SHARED(Type, name)        one plain struct that the threads of a block share; once a kernel
+//   EP_SHARED_LARGE(Type, name)  the same of more than 48 KB, for launch_large
 //   EP_UNROLL, EP_ROLLED         before a loop: its body as often as it runs; only once
 //   grid_index<G>, grid_count<G> this group among all of the launch
 //   load, store, fetch_add       device scope, relaxed: no order, but no race
@@ -37,9 +38,23 @@
 //                                fused with a sum, so that all devices give the same bits
 //   fan_out<G, n>                one row read once, n loads of a lane in flight, and written to
 //                                several places; all 16-byte aligned; past the caches is a hint
+//   kHasBulkCopies               whether a warp can have rows copied through shared memory, past
+//   its
+//                                registers; slots there, and their bytes: kBulkSlots,
+//                                kBulkSlotBytes
+//   bulk_open(arrival)           makes a word of shared memory that copies are awaited by
+//   bulk_expect(bytes, arrival)  one lane: so many will come, for one bulk_await
+//   bulk_fetch(to, from, bytes, arrival)  asks for a copy into shared memory
+//   bulk_await(arrival, lap % 2) until all that was expected for the lap has come
+//   bulk_put(to, from, bytes)    asks for a copy out of shared memory; bulk_commit() closes a group
+//   bulk_before_put()            each lane, and then Warp::sync(): its stores may be put
+//   bulk_await_read<n>()         what this lane's groups but the n newest put has been read
+//   bulk_await_written()         and it is there, as if this lane had stored it
+//   bulk_after_observe()         what this lane has observed may be fetched
 //   pass_store                   16 bytes of a row, which this block does not read again
 //   kTermLoads, kPacksAtOnce     loads in flight of a lane that sums rows; packs of a row of them
 //   kCastsFp8, cast_fp8          whether there is an instruction for that; its bits are Fp8's
+//   kCastsPairs, cast_pair       the same for two floats to bf16 or fp16
 //   kRolesApart                  whether the blocks of a launch run beside each other; see Role
 //   kSharedExpertCountMax        experts whose counts fit the memory that a block shares
 //   kChoicesCountedByAllMax      choices that each block counts by itself
@@ -53,12 +68,15 @@
 //   launch, launch_wide, launch_all  host side: so many blocks; so many wide ones, of so many
 //   threads;
 //                                blocks that fill the device, for so many items
+//   launch_large                 host side: so many blocks, and the bytes of EP_SHARED_LARGE
+//   moves_in_bulk(queue)         host side: whether launches may use bulk copies
 //   launch_error                 host side: 0, or the error of the launches before
 //
 // Only this file names vendors. Each header defines every word, in a namespace of its own
 // (EP_DEVICE_NAMESPACE), so that one library can hold several devices. A word enters the vocabulary
-// only if every device can keep its whole meaning: there are no no-op stubs. Grid-wide barriers,
-// bulk copies and named barriers are out: order across a grid is the boundary between two kernels.
+// only if every device can keep its whole meaning, or can say that it has it not (kHasBulkCopies,
+// kLineTokenCountMax): there are no no-op stubs. Grid-wide barriers and named barriers are out:
+// order across a grid is the boundary between two kernels.
 #pragma once
 
 #if defined(EP_DEVICE_CUDA)

@@ -188,18 +188,44 @@ inline void pass_store(Vector *to, Vector value) {
     *to = value;
 }
 
-// Bulk copies. What a put reads, it reads as late as it may, so that a slot that is filled too early
-// shows.
+// Bulk copies.
 constexpr bool kHasBulkCopies = true;
-constexpr int kBulkSlotBytes = 512, kBulkSlots = 4;  // little enough that rows of tests take several
+constexpr int kBulkSlotBytes = 512,
+              kBulkSlots = 4;  // little enough that rows of tests take several
 
-struct BulkPut {
-    char *to;
-    const char *from;
-    int bytes;
+// A lane's puts. Each reads, and writes, as late as it may: so a slot that is filled too early
+// shows, and a row that is published too early.
+class BulkPuts {
+  public:
+    ~BulkPuts() { write(); }  // when its launch ends
+    void add(char *to, const char *from, int bytes) { group_.push_back({to, from, bytes}); }
+    void commit() { groups_.push_back(std::move(group_)), group_.clear(); }
+    void read(size_t newest) {
+        for (; groups_.size() > newest; groups_.pop_front())
+            for (const Put &put : groups_.front())
+                read_.push_back({put.to, {put.from, put.from + put.bytes}});
+    }
+    void write() {
+        for (const Row &row : read_)
+            __builtin_memcpy(row.to, row.bytes.data(), row.bytes.size());
+        read_.clear();
+    }
+
+  private:
+    struct Put {
+        char *to;
+        const char *from;
+        int bytes;
+    };
+    struct Row {
+        char *to;
+        std::vector<char> bytes;
+    };
+    std::vector<Put> group_;
+    std::deque<std::vector<Put>> groups_;
+    std::vector<Row> read_;
 };
-inline thread_local std::vector<BulkPut> bulk_group;  // of this lane, not committed yet
-inline thread_local std::deque<std::vector<BulkPut>> bulk_groups;
+inline thread_local BulkPuts bulk_puts;
 
 // An arrival: how often all that was expected has come, whether something is expected, and how many
 // bytes of it have not come.
@@ -239,23 +265,18 @@ inline void bulk_await(uint64_t *arrival, uint32_t parity) {
 }
 inline void bulk_before_put() {}
 inline void bulk_put(char *to, const char *from, int bytes) {
-    bulk_group.push_back({to, from, bytes});
+    bulk_puts.add(to, from, bytes);
 }
 inline void bulk_commit() {
-    bulk_groups.push_back(std::move(bulk_group));
-    bulk_group.clear();
-}
-inline void bulk_await_newest(size_t pending) {
-    for (; bulk_groups.size() > pending; bulk_groups.pop_front())
-        for (const BulkPut &put : bulk_groups.front())
-            __builtin_memcpy(put.to, put.from, put.bytes);
+    bulk_puts.commit();
 }
 template <int kNewest>
 void bulk_await_read() {
-    bulk_await_newest(kNewest);
+    bulk_puts.read(kNewest);
 }
 inline void bulk_await_written() {
-    bulk_await_newest(0);
+    bulk_puts.read(0);
+    bulk_puts.write();
 }
 inline void bulk_after_observe() {}
 

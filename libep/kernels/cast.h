@@ -185,8 +185,7 @@ struct Channels {
         Channels channels = {};
         EP_UNROLL
         for (int i = 0; inside && i < kPacks; ++i)
-            channels.packs[i] =
-                fetch_at((channel + i * kPack) * sizeof(typename Type::Storage));
+            channels.packs[i] = fetch_at((channel + i * kPack) * sizeof(typename Type::Storage));
         return channels;
     }
 };

@@ -172,8 +172,7 @@ EP_KERNEL combine_kernel(const CombineArgs a) {
     Adder<Sums> adder{Sums(&shared.sums[warp]), &shared.parts[warp]};
     if (role.counts && r.sends()) tell_peers(r, epoch);
     if (role.sender >= 0 && r.sends()) send_partials<kType, kPartial>(a, &adder, epoch, role);
-    if (role.receiver >= 0 && r.receives())
-        receive_tokens<kType, kPartial>(a, &adder, epoch, role);
+    if (role.receiver >= 0 && r.receives()) receive_tokens<kType, kPartial>(a, &adder, epoch, role);
     if (role.counts && r.receives()) await_arrivals(r, epoch);
     if (r.sends()) hand_in(&r.state->combine_tickets);
 }

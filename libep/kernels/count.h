@@ -31,9 +31,7 @@ struct SendOrder {
         : token_count(tokens), chunk_count(tokens < chunk_count_max ? tokens : chunk_count_max) {}
     // Places in the order; there may be none for a token at some.
     EP_DEVICE int size() const {
-        return token_count == 0
-                   ? 0
-                   : (token_count + chunk_count - 1) / chunk_count * chunk_count;
+        return token_count == 0 ? 0 : (token_count + chunk_count - 1) / chunk_count * chunk_count;
     }
     EP_DEVICE int token(int place) const {
         const Chunk chunk = Chunk::of(place % chunk_count, chunk_count, token_count);
@@ -71,7 +69,7 @@ EP_DEVICE bool is_repeat(const DispatchArgs &a, int64_t expert, int i) {
 }
 
 constexpr int kChoicesAtOnce =
-    kWarpSize == 1 ? 1 : 4;        // of a lane, loaded before the first is used
+    kWarpSize == 1 ? 1 : 4;  // of a lane, loaded before the first is used
 constexpr int kManyLooks = kWarpSize == 1 ? 1 : 8;
 constexpr int kTalliesAtOnce = kWarpSize == 1 ? 1 : 32;  // loaded before the first is added
 
@@ -235,9 +233,9 @@ EP_DEVICE void count_before(const DispatchArgs &a, int chunk, int32_t *sums) {
     Block::sync();
 }
 
-// Numbers choices of one token after the other; those of one are of different experts. `next` are the
-// numbers that come next. Calls take(i, number) for the choices. The whole block, which shares both;
-// kLooksAtOnce choices are loaded before the first is compared.
+// Numbers choices of one token after the other; those of one are of different experts. `next` are
+// the numbers that come next. Calls take(i, number) for the choices. The whole block, which shares
+// both; kLooksAtOnce choices are loaded before the first is compared.
 template <int kLooksAtOnce, class Choice, class Take>
 EP_DEVICE void number_choices(const Choice *choices, int count, int32_t *next, Take take) {
     // As many at once as there are threads: each asks which of those before it are of its expert.
@@ -265,9 +263,8 @@ EP_DEVICE void number_chunk(const DispatchArgs &a, int index, int32_t *next, Cou
     const Round &r = a.round;
     const Chunk chunk = Chunk::of(index, r.chunk_count, r.token_count);
     if (!counts_ahead(r))
-        each_choice(a, chunk.begin, chunk.end, [&](int i, int32_t choice, int expert) {
-            keep_choice(r, i, choice, expert);
-        });
+        each_choice(a, chunk.begin, chunk.end,
+                    [&](int i, int32_t choice, int expert) { keep_choice(r, i, choice, expert); });
     count_before(a, index, next);
     const int last = chunk.end * r.topk;
     for (int first = chunk.begin * r.topk; first < last; first += Block::size()) {

@@ -281,8 +281,7 @@ EP_KERNEL dispatch_kernel(const DispatchArgs a) {
     if (role.counts) count_for_all(a, epoch, &shared.count);
     if (role.sender >= 0 && r.sends())
         number_chunk(a, role.sender, sums_of(a, role.sender, shared.count.sums), &shared.count);
-    if (role.sender >= 0 || role.receiver >= 0)
-        move_rows<kCast, kType>(a, epoch, role, &shared);
+    if (role.sender >= 0 || role.receiver >= 0) move_rows<kCast, kType>(a, epoch, role, &shared);
     if (r.sends()) hand_in(&r.state->dispatch_tickets);
 }
 

@@ -132,10 +132,10 @@ EP_DEVICE void learn_choices(const DispatchArgs &a, const LineBlock &block, cons
     }
     Block::sync();
     number_choices<1>(shared->choices + begin, last - begin, shared->sums,
-                   [&](int i, int32_t number) {
-                       shared->positions[begin + i] = static_cast<int16_t>(number);
-                       if (keeps) r.routing.positions[begin + i] = number;
-                   });
+                      [&](int i, int32_t number) {
+                          shared->positions[begin + i] = static_cast<int16_t>(number);
+                          if (keeps) r.routing.positions[begin + i] = number;
+                      });
 }
 
 // The same of a chunk that a launch before has numbered. The whole block.

@@ -1,5 +1,5 @@
-// How a warp sums rows by flag: by loads of its lanes here, by bulk copies in sm90/bulk_sums.h, which
-// has the same functions and gives the same bits.
+// How a warp sums rows by flag: by loads of its lanes here, by bulk copies in sm90/bulk_sums.h,
+// which has the same functions and gives the same bits.
 #pragma once
 
 #include "device/device.h"

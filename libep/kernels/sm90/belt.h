@@ -1,6 +1,6 @@
-// Pieces of rows on their way through shared memory, a warp's own, by bulk copies: what is under way
-// takes memory of the multiprocessor, not registers, which a lane has too few of to keep the device's
-// memory busy.
+// Pieces of rows on their way through shared memory, a warp's own, by bulk copies: what is under
+// way takes memory of the multiprocessor, not registers, which a lane has too few of to keep the
+// device's memory busy.
 #pragma once
 
 #include "device/device.h"
@@ -23,13 +23,13 @@ class WarpBelt {
         Warp::sync();
     }
 
-    // Asks for a piece of a row, or for nothing if `from` is nullptr. No lane may still read what was in its slot.
+    // Asks for a piece of a row, or for nothing if `from` is nullptr. No lane may still read what
+    // was in its slot.
     EP_DEVICE void fetch(const char *from, int bytes) {
         const uint32_t slot = fetched_ % kBulkSlots;
         if (Warp::rank() == 0) {
             bulk_expect(from == nullptr ? 0 : bytes, &belt_.arrivals[slot]);
-            if (from != nullptr)
-                bulk_fetch(belt_.slots[slot], from, bytes, &belt_.arrivals[slot]);
+            if (from != nullptr) bulk_fetch(belt_.slots[slot], from, bytes, &belt_.arrivals[slot]);
         }
         ++fetched_;
     }

@@ -53,7 +53,8 @@ class BulkRows {
   private:
     static constexpr int kAhead = kBulkSlots / 2;  // pieces being fetched, while as many are put
 
-    // Calls visit(index, slot, bytes) for each piece of a row when it has arrived; it ends with put().
+    // Calls visit(index, slot, bytes) for each piece of a row when it has arrived; it ends with
+    // put().
     template <class Visit>
     EP_DEVICE void pass(const char *from, size_t bytes, Visit visit) {
         const int count = static_cast<int>((bytes + kBulkSlotBytes - 1) / kBulkSlotBytes);
@@ -73,8 +74,7 @@ class BulkRows {
     }
 
     // A lane for each target. Every lane counts every piece, whether it puts one or not.
-    EP_DEVICE static void put(int count, const Target *to, size_t at, const char *slot,
-                              int bytes) {
+    EP_DEVICE static void put(int count, const Target *to, size_t at, const char *slot, int bytes) {
         for (int i = Warp::rank(); i < count; i += Warp::size())
             if (char *row = to[i].row) bulk_put(row + at, slot, bytes);
         bulk_commit();

@@ -21,8 +21,8 @@ struct TermAddends {
     EP_DEVICE float weight(int i) const { return terms.weight[i]; }
 };
 
-// All rows that a sum of parts reads, in the order in which it adds them: where this rank's own part
-// is, its terms.
+// All rows that a sum of parts reads, in the order in which it adds them: where this rank's own
+// part is, its terms.
 template <Element kOwn, Element kPartial>
 struct PartAddends {
     static constexpr Element kOther = kPartial;
@@ -153,8 +153,8 @@ class BulkSums {
         EP_UNROLL
         for (int i = 0; i < Chunk::kPacks; ++i)
             if (has(i))
-                raw[i] = fetch<Type, kPack>(slot +
-                                            Chunk::channel(i) * sizeof(typename Type::Storage));
+                raw[i] =
+                    fetch<Type, kPack>(slot + Chunk::channel(i) * sizeof(typename Type::Storage));
         EP_UNROLL
         for (int i = 0; i < Chunk::kPacks; ++i)
             if (has(i)) add(&sums[i], change(widen<Type, kPack>(raw[i])));

@@ -96,8 +96,13 @@ bool Objects::count(Results *results, std::string *failure) const {
 void put_random(const Problem &p, std::mt19937 &random, char *to) {
     if (p.type_bits == 16 && random() % 1024 == 0) {
         const uint16_t exponent = p.type_code == MEP_TYPE_BFLOAT ? 0x7f80 : 0x7c00;
-        const uint16_t strange[] = {exponent,          uint16_t(exponent | 1), 0xffff, 0x8000, 1,
-                                    uint16_t(exponent | 0x8000), uint16_t(exponent - 1)};
+        const uint16_t strange[] = {exponent,
+                                    uint16_t(exponent | 1),
+                                    0xffff,
+                                    0x8000,
+                                    1,
+                                    uint16_t(exponent | 0x8000),
+                                    uint16_t(exponent - 1)};
         std::memcpy(to, &strange[random() % std::size(strange)], 2);
         return;
     }

@@ -69,8 +69,11 @@ inline std::ostream &operator<<(std::ostream &out, const Rig &s) {
                << " H" << s.hidden << " type" << int(s.type) << " quant" << int(s.quant)
                << " weights" << int(s.weights) << " combine" << int(s.combine_type)
                << (s.wide_partials() ? " wide" : "")
-               << (s.carriage == Carriage::kLine ? " lines" : s.bulk_copies ? " bulk" : "") << " idx" << s.idx_bytes * 8
-               << " F" << s.rounds_in_flight << " threads" << s.threads;
+               << (s.carriage == Carriage::kLine ? " lines"
+                   : s.bulk_copies               ? " bulk"
+                                                 : "")
+               << " idx" << s.idx_bytes * 8 << " F" << s.rounds_in_flight << " threads"
+               << s.threads;
 }
 
 constexpr unsigned char kPoison = 0xff;  // a NaN in every element type, -1 in every integer
