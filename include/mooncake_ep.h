@@ -268,12 +268,15 @@ typedef struct mep_transport_info {
     uint32_t struct_size;
     int32_t kind;       /**< MEP_TRANSPORT_* */
     const char *name;   /**< "self", "thread", "shm", "ipc" */
-    const char *reason; /**< why this one, and why not something faster */
+    const char *reason; /**< why this one, and why not something faster; the group's */
 } mep_transport_info_t;
 
 /**
  * Join a group. Collective, blocking.
- * Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available, ranks on different hosts);
+ * Before it returns, every rank has stored a word in every peer's memory: a way that does not work
+ * shows here, within 10 s, and not in the first dispatch.
+ * Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available, ranks that cannot reach each
+ * other: which and why, the same on all ranks);
  * MEP_TIMEOUT (names the missing ranks); MEP_MISMATCH (rank_count, backend or library version
  * differ); MEP_BOOTSTRAP_FAILED (wrong secret, rank taken, connection lost, callback failed);
  * MEP_SYSTEM_ERROR.

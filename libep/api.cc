@@ -429,7 +429,7 @@ mep_status_t mep_group_query_transport(const mep_group_t *group, int32_t peer,
         return fail(MEP_INVALID_ARGUMENT, "peer is %d; it must be in [0, %d)", peer,
                     g.rank_count());
     const TransportChoice &choice = g.transport(peer);
-    const mep_transport_info_t answer{sizeof answer, choice.kind, choice.name, choice.reason};
+    const mep_transport_info_t answer{sizeof answer, choice.kind, choice.name, choice.reason.c_str()};
     return write_struct(info, answer, "info");
 }
 

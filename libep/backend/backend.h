@@ -47,6 +47,14 @@ struct DeviceUuid {
     char bytes[16];
 };
 
+// What the device runtime says about a device's way to another's memory.
+enum class Access : uint8_t {
+    kUnknown,  // this process does not see the other: only trying tells
+    kSame,     // one memory
+    kPeer,
+    kRefused,
+};
+
 // One device, as one rank uses it.
 class Device {
   public:
@@ -63,6 +71,15 @@ class Device {
                                        std::unique_ptr<Window> *window) = 0;
     virtual mep_status_t open_window(const WindowHandle &handle,
                                      std::shared_ptr<Mapping> *mapping) = 0;
+
+    // The device's way to the memory of another of this host.
+    virtual Access access(const DeviceUuid &peer) const = 0;
+
+    // Like read(), but waits for set_up_stream() only.
+    virtual mep_status_t peek(void *host, const void *device, size_t bytes) = 0;
+
+    // For launches while a group or buffer is made; nullptr on the CPU.
+    virtual void *set_up_stream() const = 0;
 
     // Can the kernels read a caller's array that lies there?
     virtual bool reaches(mep_device_t device) const = 0;

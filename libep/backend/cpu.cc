@@ -124,6 +124,17 @@ class Cpu : public Device {
         return MEP_OK;
     }
 
+    mep_status_t peek(void *host, const void *device, size_t bytes) override {
+        // A word at a time, as peers store them meanwhile.
+        for (size_t at = 0; at < bytes; at += sizeof(uint64_t)) {
+            const uint64_t word = __atomic_load_n(
+                reinterpret_cast<const uint64_t *>(static_cast<const char *>(device) + at),
+                __ATOMIC_ACQUIRE);
+            std::memcpy(static_cast<char *>(host) + at, &word, sizeof word);
+        }
+        return MEP_OK;
+    }
+
     mep_status_t create_window(size_t bytes, Sharing sharing,
                                std::unique_ptr<Window> *window) override {
         auto created = std::make_unique<HostWindow>();
@@ -160,6 +171,8 @@ class Cpu : public Device {
     }
     bool is_synchronous() const override { return true; }
     DeviceUuid uuid() const override { return {}; }
+    Access access(const DeviceUuid &) const override { return Access::kSame; }
+    void *set_up_stream() const override { return nullptr; }
     int block_count() const override { return 0; }
     bool delivers_lines(const DeviceUuid &) const override { return false; }
     int enter() override { return 0; }

@@ -151,23 +151,27 @@ class Gpu : public Device {
     DeviceUuid uuid() const override { return uuid_; }
     int block_count() const override { return block_count_; }
 
+    Access access(const DeviceUuid &peer) const override {
+        if (std::memcmp(&peer, &uuid_, sizeof uuid_) == 0) return Access::kSame;
+        const int device = find_device(peer);
+        if (device < 0) return Access::kUnknown;
+        int reaches = 0;
+        return EP_GPU(DeviceCanAccessPeer)(&reaches, device_, device) == kGpuSuccess && reaches != 0
+                   ? Access::kPeer
+                   : Access::kRefused;
+    }
+    void *set_up_stream() const override { return stream_; }
+
     // NVLink and its like keep a store of a line together, and they are the links with native
     // atomics; PCIe may split it.
     bool delivers_lines(const DeviceUuid &peer) const override {
         if (std::memcmp(&peer, &uuid_, sizeof uuid_) == 0) return true;
-        int count = 0;
-        if (EP_GPU(GetDeviceCount)(&count) != kGpuSuccess) return false;
-        for (int device = 0; device < count; ++device) {
-            EP_GPU(DeviceProp) properties;
-            int atomics = 0;
-            if (EP_GPU(GetDeviceProperties)(&properties, device) == kGpuSuccess &&
-                std::memcmp(&peer, &properties.uuid, sizeof peer) == 0)
-                return EP_GPU(DeviceGetP2PAttribute)(&atomics,
-                                                     EP_GPU(DevP2PAttrNativeAtomicSupported),
-                                                     device_, device) == kGpuSuccess &&
-                       atomics != 0;
-        }
-        return false;
+        const int device = find_device(peer);
+        int atomics = 0;
+        return device >= 0 &&
+               EP_GPU(DeviceGetP2PAttribute)(&atomics, EP_GPU(DevP2PAttrNativeAtomicSupported),
+                                             device_, device) == kGpuSuccess &&
+               atomics != 0;
     }
 
     mep_status_t allocate(size_t bytes, DeviceMemory *memory) override {
@@ -184,6 +188,12 @@ class Gpu : public Device {
         EP_TRY(scope.status());
         EP_TRY_GPU(MemcpyAsync(device, host, bytes, EP_GPU(MemcpyHostToDevice), stream_));
         return gpu_status(EP_GPU(StreamSynchronize)(stream_), "copying to the device");
+    }
+    mep_status_t peek(void *host, const void *device, size_t bytes) override {
+        const DeviceScope scope(device_);
+        EP_TRY(scope.status());
+        EP_TRY_GPU(MemcpyAsync(host, device, bytes, EP_GPU(MemcpyDeviceToHost), stream_));
+        return gpu_status(EP_GPU(StreamSynchronize)(stream_), "copying from the device");
     }
     // After all that was queued on any stream of the device.
     mep_status_t read(void *host, const void *device, size_t bytes) override {
@@ -237,6 +247,19 @@ class Gpu : public Device {
     }
 
   private:
+    // The number of a device in this process; -1 if it does not see it.
+    static int find_device(const DeviceUuid &uuid) {
+        int count = 0;
+        if (EP_GPU(GetDeviceCount)(&count) != kGpuSuccess) return -1;
+        for (int device = 0; device < count; ++device) {
+            EP_GPU(DeviceProp) properties;
+            if (EP_GPU(GetDeviceProperties)(&properties, device) == kGpuSuccess &&
+                std::memcmp(&uuid, &properties.uuid, sizeof uuid) == 0)
+                return device;
+        }
+        return -1;
+    }
+
     // A window of this process: its address is good here once this device may reach the other.
     mep_status_t share_window(const WindowHandle &handle, std::shared_ptr<Mapping> *mapping) {
         *mapping = WindowTable::instance().find(handle.number);

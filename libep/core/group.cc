@@ -2,8 +2,10 @@
 
 #include "base/log.h"
 #include "base/status.h"
+#include "transport/trial.h"
 
 #include <cstdio>
+#include <utility>
 
 namespace ep {
 namespace {
@@ -22,6 +24,13 @@ struct Verdict {
     char message[252];
 };
 
+// The same on every rank, as the facts are.
+mep_status_t all_reach(const GroupFacts &facts) {
+    std::string text;
+    if (count_unreachable(facts, &text) == 0) return MEP_OK;
+    return fail(MEP_UNSUPPORTED, "%s", text.c_str());
+}
+
 }  // namespace
 
 mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Group> *group) {
@@ -36,7 +45,12 @@ mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Gro
     created->timeout_us_ = config.timeout_us == 0 ? kTimeoutDefaultUs : config.timeout_us;
     const Deadline deadline(created->timeout_us_);
     EP_TRY(created->meet(config, deadline));
-    EP_TRY(created->gather_facts(deadline));
+    GroupFacts facts;
+    EP_TRY(created->gather_facts(&facts, deadline));
+    EP_TRY(all_reach(facts));
+    if (created->rank_count() > 1) EP_TRY(created->try_transports(&facts));
+    EP_TRY(all_reach(facts));
+    created->adopt(facts);
     log(MEP_LOG_INFO, "rank %d of %d joined on %s", created->rank(), created->rank_count(),
         created->backend_->name);
     *group = std::move(created);
@@ -65,12 +79,12 @@ mep_status_t Group::meet(const mep_group_config_t &config, const Deadline &deadl
     return MEP_OK;
 }
 
-mep_status_t Group::gather_facts(const Deadline &deadline) {
+mep_status_t Group::gather_facts(GroupFacts *facts, const Deadline &deadline) {
     Greeting mine{mep_version(), rank_count(), backend_->id, 0, {}};
     EP_TRY(local_facts(*device_, backend_->id, &mine.facts));
     std::vector<Greeting> all(rank_count());
     EP_TRY(bootstrap_->all_gather(&mine, all.data(), sizeof mine, deadline));
-    std::vector<RankFacts> facts;
+    std::vector<Access> access;
     for (int peer = 0; peer < rank_count(); ++peer) {
         const Greeting &theirs = all[peer];
         if (theirs.version != mine.version)
@@ -82,34 +96,60 @@ mep_status_t Group::gather_facts(const Deadline &deadline) {
         if (theirs.backend != mine.backend)
             return fail(MEP_MISMATCH, "config.backend is %d on rank %d and %d on rank %d",
                         theirs.backend, peer, mine.backend, rank());
-        facts.push_back(theirs.facts);
+        facts->ranks.push_back(theirs.facts);
+        access.push_back(same_host(theirs.facts, mine.facts)
+                             ? device_->access(device_of(theirs.facts))
+                             : Access::kRefused);
     }
-    return choose_transports(facts.data());
+    return gather_rows(access, &facts->access);
 }
 
-mep_status_t Group::choose_transports(const RankFacts *facts) {
-    local_rank_count_ = 0;
-    for (int peer = 0; peer < rank_count(); ++peer)
-        local_rank_count_ +=
-            std::strncmp(facts[peer].host, facts[rank()].host, sizeof facts[peer].host) == 0;
-    device_sharers_ = 0;
-    for (int peer = 0; peer < rank_count(); ++peer)
-        device_sharers_ +=
-            same_process(facts[peer], facts[rank()]) && same_device(facts[peer], facts[rank()]);
-    for (int peer = 0; peer < rank_count(); ++peer) {
-        DeviceUuid device;
-        std::memcpy(&device, facts[peer].device, sizeof device);
-        delivers_lines_ = delivers_lines_ && device_->delivers_lines(device);
-    }
-    for (int one = 0; one < rank_count(); ++one) {
-        for (int other = 0; other < rank_count(); ++other) {
-            const TransportChoice choice = choose_transport(facts[one], facts[other], one == other);
-            if (choice.kind == 0)
-                return fail(MEP_UNSUPPORTED, "ranks %d and %d are %s", one, other, choice.reason);
-            if (one == rank()) transports_.push_back(choice);
+mep_status_t Group::try_transports(GroupFacts *facts) {
+    constexpr int64_t kWaitUs = 10'000'000;
+    const int ranks = rank_count();
+    PeerTrial trial(device_.get(), rank(), ranks);
+    const WindowHandle mine = trial.handle();
+    std::vector<WindowHandle> handles(ranks);
+    EP_TRY(all_gather(&mine, handles.data(), sizeof mine));
+    std::vector<bool> peers(ranks, true);
+    peers[rank()] = false;
+    EP_TRY(agree(trial.knock(handles, peers)));
+    std::vector<Trial> sent;
+    EP_TRY(gather_rows(trial.sent(), &sent));
+    for (int peer = 0; peer < ranks; ++peer)
+        peers[peer] = sent[size_t(peer) * ranks + rank()] == Trial::kArrived;
+    std::vector<uint8_t> heard, heard_by_all;
+    const bool soon = timeout_us_ == kTimeoutNever || timeout_us_ > kWaitUs;
+    EP_TRY(agree(trial.listen(peers, Deadline(soon ? kWaitUs : timeout_us_), &heard)));
+    trial.unmap();  // before any owner frees its window, which it does after this:
+    EP_TRY(gather_rows(heard, &heard_by_all));
+    for (int from = 0; from < ranks; ++from)
+        for (int to = 0; to < ranks; ++to) {
+            Trial &became = sent[size_t(from) * ranks + to];
+            if (became == Trial::kArrived && heard_by_all[size_t(to) * ranks + from] == 0)
+                became = Trial::kLost;
         }
-    }
+    facts->trials = std::move(sent);
     return MEP_OK;
+}
+
+void Group::adopt(const GroupFacts &facts) {
+    const RankFacts &mine = facts.ranks[rank()];
+    local_rank_count_ = device_sharers_ = 0;
+    for (int peer = 0; peer < rank_count(); ++peer) {
+        const RankFacts &theirs = facts.ranks[peer];
+        local_rank_count_ += same_host(theirs, mine);
+        device_sharers_ += same_process(theirs, mine) && same_device(theirs, mine);
+        delivers_lines_ = delivers_lines_ && device_->delivers_lines(device_of(theirs));
+        transports_.push_back(choose_transport(facts, rank(), peer));
+    }
+}
+
+template <class Byte>
+mep_status_t Group::gather_rows(const std::vector<Byte> &row, std::vector<Byte> *matrix) {
+    static_assert(sizeof(Byte) == 1, "a byte for each peer");
+    matrix->resize(row.size() * rank_count());
+    return all_gather(row.data(), matrix->data(), row.size());
 }
 
 mep_status_t Group::all_gather(const void *send, void *receive, size_t bytes) {

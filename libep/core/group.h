@@ -49,8 +49,12 @@ class Group {
   private:
     Group() = default;
     mep_status_t meet(const mep_group_config_t &config, const Deadline &deadline);
-    mep_status_t gather_facts(const Deadline &deadline);
-    mep_status_t choose_transports(const RankFacts *facts);
+    mep_status_t gather_facts(GroupFacts *facts, const Deadline &deadline);
+    mep_status_t try_transports(GroupFacts *facts);
+    void adopt(const GroupFacts &facts);
+    // Gathers rank_count() bytes of each rank: [rank][peer].
+    template <class Byte>
+    mep_status_t gather_rows(const std::vector<Byte> &row, std::vector<Byte> *matrix);
 
     Membership membership_{};
     int64_t timeout_us_ = 0;

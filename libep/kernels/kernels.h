@@ -135,6 +135,14 @@ struct CombineArgs {
     size_t out_stride;  // bytes from token to token
 };
 
+// One word to each window that is not nullptr, at this rank's place.
+struct KnockArgs {
+    static constexpr uint64_t kWord = 0x6b6e6f636b;
+
+    char *const *windows;  // [rank_count], as mapped here; in device memory
+    int rank, rank_count;
+};
+
 // Rows of DispatchArgs::tally for launches of at most so many chunks: each chunk's counts, then,
 // for blocks whose shared memory is too small, each chunk's next numbers, and the counter's.
 constexpr int tally_row_count(int chunk_count) {
@@ -147,6 +155,7 @@ struct Kernels {
     int (*dispatch)(DispatchArgs args, Phases phases, const Queue &queue);
     int (*combine)(CombineArgs args, Phases phases, const Queue &queue);
     bool (*suits_lines)(const Shape &shape);  // may its messages go by line?
+    int (*knock)(const KnockArgs &args, const Queue &queue);
 };
 
 }  // namespace ep

@@ -3,13 +3,14 @@
 
 #include "kernels/combine.h"
 #include "kernels/dispatch.h"
+#include "kernels/knock.h"
 
 #include <initializer_list>
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
 inline Kernels kernels() {
-    return {chunk_count_max, launch_dispatch, launch_combine, suits_lines};
+    return {chunk_count_max, launch_dispatch, launch_combine, suits_lines, launch_knock};
 }
 
 // Loads every kernel onto the current device; see Queue::load_only.
@@ -39,7 +40,7 @@ inline int load_kernels() {
         load(Carriage::kFlag, type);
         load(Carriage::kLine, type);
     }
-    return launch_error();
+    return launch_knock({}, queue);
 }
 
 }  // namespace ep::EP_DEVICE_NAMESPACE

@@ -27,6 +27,12 @@ mep_status_t local_facts(const Device &device, int32_t backend, RankFacts *facts
     return MEP_OK;
 }
 
+DeviceUuid device_of(const RankFacts &rank) {
+    DeviceUuid device;
+    std::memcpy(&device, rank.device, sizeof device);
+    return device;
+}
+
 bool same_host(const RankFacts &one, const RankFacts &other) {
     return std::strncmp(one.host, other.host, sizeof one.host) == 0;
 }
@@ -39,20 +45,79 @@ bool same_device(const RankFacts &one, const RankFacts &other) {
     return std::memcmp(one.device, other.device, sizeof one.device) == 0;
 }
 
-TransportChoice choose_transport(const RankFacts &one, const RankFacts &other, bool same_rank) {
-    if (same_rank) return {MEP_TRANSPORT_SELF, "self", "the rank itself"};
-    if (!same_host(one, other))
-        return {0, "none", "on different hosts, and this version moves rows only inside one"};
-    const bool gpu = one.backend != MEP_BACKEND_CPU;
-    if (same_process(one, other))
+namespace {
+
+std::string rank_text(int rank) {
+    return "rank " + std::to_string(rank);
+}
+
+// Why what `from` stores does not reach `to`; "" if it does, as far as is known.
+std::string obstacle(const GroupFacts &facts, int from, int to) {
+    if (facts.access_of(from, to) == Access::kRefused)
+        return "the device of " + rank_text(from) + " has no peer access to that of " +
+               rank_text(to);
+    switch (facts.trial_of(from, to)) {
+        case Trial::kNotMade:
+        case Trial::kArrived:
+            return "";
+        case Trial::kNotShared:
+            return rank_text(to) + " cannot share its memory";
+        case Trial::kNotMapped:
+            return rank_text(from) + " cannot map the memory of " + rank_text(to);
+        case Trial::kLost:
+            return "a word that " + rank_text(from) + " stored did not arrive at " + rank_text(to);
+    }
+    return "";
+}
+
+TransportChoice inside_a_host(const GroupFacts &facts, int one, int other) {
+    const RankFacts &a = facts.ranks[one], &b = facts.ranks[other];
+    const bool gpu = a.backend != MEP_BACKEND_CPU;
+    const char *tried = facts.trials.empty() ? "" : "; tried in both directions";
+    if (same_process(a, b)) {
+        const char *how = !gpu                ? "the same memory"
+                          : same_device(a, b) ? "the same GPU"
+                                              : "the GPUs reach each other's memory";
         return {MEP_TRANSPORT_THREAD, "thread",
-                gpu ? "threads of one process: the GPUs reach each other's memory"
-                    : "threads of one process: the same memory"};
-    if (gpu)
-        return {MEP_TRANSPORT_IPC, "ipc",
-                "processes of one host: GPU memory mapped by its IPC handle"};
-    return {MEP_TRANSPORT_SHM, "shm",
-            "processes of one host: POSIX shared memory, the fastest between CPU ranks"};
+                std::string("threads of one process: ") + how + tried};
+    }
+    if (!gpu)
+        return {MEP_TRANSPORT_SHM, "shm",
+                std::string("processes of one host: POSIX shared memory, the fastest between CPU "
+                            "ranks") +
+                    tried};
+    const bool unseen = facts.access_of(one, other) == Access::kUnknown ||
+                        facts.access_of(other, one) == Access::kUnknown;
+    return {MEP_TRANSPORT_IPC, "ipc",
+            std::string("processes of one host: GPU memory mapped by its IPC handle") +
+                (unseen ? "; a process does not see the other's GPU, so messages go by flag" : "") +
+                tried};
+}
+
+}  // namespace
+
+TransportChoice choose_transport(const GroupFacts &facts, int one, int other) {
+    if (one == other) return {MEP_TRANSPORT_SELF, "self", "the rank itself"};
+    if (!same_host(facts.ranks[one], facts.ranks[other]))
+        return {0, "none",
+                "they are on different hosts, and this version moves rows only inside one"};
+    const int low = one < other ? one : other, high = one < other ? other : one;
+    for (const std::string &why : {obstacle(facts, low, high), obstacle(facts, high, low)})
+        if (!why.empty()) return {0, "none", why};
+    return inside_a_host(facts, low, high);
+}
+
+int count_unreachable(const GroupFacts &facts, std::string *text) {
+    int count = 0;
+    for (int one = 0; one < facts.rank_count(); ++one)
+        for (int other = one + 1; other < facts.rank_count(); ++other) {
+            const TransportChoice choice = choose_transport(facts, one, other);
+            if (choice.kind != 0 || count++ > 0) continue;
+            *text = "ranks " + std::to_string(one) + " and " + std::to_string(other) +
+                    " cannot reach each other: " + choice.reason;
+        }
+    if (count > 1) *text += "; so are " + std::to_string(count - 1) + " more pairs";
+    return count;
 }
 
 }  // namespace ep

@@ -1,14 +1,18 @@
-// What a rank says about itself when a group forms, and the transport of a pair that follows from
-// it. Every rank computes the choice from the same gathered facts, so none can decide differently.
+// What ranks find out about themselves and each other when a group forms, and the transport of each
+// pair that follows from it. Every rank computes the choice from the same gathered facts, so none
+// can decide differently.
 #pragma once
 
 #include "mooncake_ep.h"
 
 #include "backend/backend.h"
 
+#include <string>
+#include <vector>
+
 namespace ep {
 
-// Plain bytes: it travels.
+// What a rank says about itself. Plain bytes: it travels.
 struct RankFacts {
     char host[40];        // boot id
     uint64_t process[2];  // see process_identity()
@@ -19,16 +23,43 @@ struct RankFacts {
 
 mep_status_t local_facts(const Device &device, int32_t backend, RankFacts *facts);
 
+DeviceUuid device_of(const RankFacts &rank);
 bool same_host(const RankFacts &one, const RankFacts &other);
 bool same_process(const RankFacts &one, const RankFacts &other);
 bool same_device(const RankFacts &one, const RankFacts &other);
 
+// What became of the word that a rank stored in a peer's window to try the way there.
+enum class Trial : uint8_t {
+    kNotMade,
+    kArrived,
+    kNotShared,  // the peer could not offer a window
+    kNotMapped,  // the rank could not map it
+    kLost,       // it did not arrive in time
+};
+
+// All of it, the same on every rank.
+struct GroupFacts {
+    std::vector<RankFacts> ranks;
+    std::vector<Access> access;  // [from][to] from the rank's device to the peer's memory
+    std::vector<Trial> trials;   // [from][to]; empty until they were made
+
+    int rank_count() const { return static_cast<int>(ranks.size()); }
+    Access access_of(int from, int to) const { return access[size_t(from) * rank_count() + to]; }
+    Trial trial_of(int from, int to) const {
+        return trials.empty() ? Trial::kNotMade : trials[size_t(from) * rank_count() + to];
+    }
+};
+
 struct TransportChoice {
     int32_t kind;  // MEP_TRANSPORT_*; 0: these ranks cannot reach each other
     const char *name;
-    const char *reason;
+    std::string reason;  // why this one, and why not something faster
 };
 
-TransportChoice choose_transport(const RankFacts &one, const RankFacts &other, bool same_rank);
+// Of the pair, in either order.
+TransportChoice choose_transport(const GroupFacts &facts, int one, int other);
+
+// How many pairs have no transport; says about the first in `text` which and why.
+int count_unreachable(const GroupFacts &facts, std::string *text);
 
 }  // namespace ep

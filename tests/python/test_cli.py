@@ -86,6 +86,29 @@ def test_info_as_json_has_all_parts() -> None:
     assert facts["machine"]["cores"] >= 1
 
 
+def test_info_shows_how_ranks_reach_each_other() -> None:
+    lines = succeed("info", "--world-size", "3").splitlines()
+    start = lines.index("group      3 ranks on cpu, how each reaches each:")
+    assert lines[start + 1 : start + 5] == [
+        "           rank  0    1    2",
+        "           0     self shm  shm",
+        "           1     shm  self shm",
+        "           2     shm  shm  self",
+    ]
+    shared = (
+        "shm: processes of one host: POSIX shared memory, the fastest between CPU ranks; "
+        "tried in both directions"
+    )
+    assert [line.strip() for line in lines[start + 5 :]] == ["self: the rank itself", shared]
+
+
+def test_info_of_a_group_as_json() -> None:
+    facts = json.loads(succeed("info", "--json", "--world-size", "2"))
+    assert facts["group"]["device"] == "cpu"
+    names = [[one["name"] for one in row] for row in facts["group"]["transports"]]
+    assert names == [["self", "shm"], ["shm", "self"]]
+
+
 def test_info_imports_no_array_framework() -> None:
     code = (
         "import sys; from mooncake_ep.cli import main; status = main(['info']); "

@@ -1,4 +1,4 @@
-"""mooncake-ep info: version, backends, limits, machine and Python. Needs no NumPy."""
+"""mooncake-ep info: version, backends, limits, machine, Python, and transports. Needs no NumPy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import os
 import platform
 from pathlib import Path
 from typing import Any
+
+from .sizes import add_device_argument, add_launch_arguments, count
+from .spawn import launch_from, run_ranks
 
 _FRAMEWORKS = ("numpy", "ml_dtypes", "torch", "jax", "cupy", "tensorflow", "matplotlib")
 _LIMITS = {
@@ -30,6 +33,7 @@ _EXAMPLES = """\
 examples:
   mooncake-ep info
   mooncake-ep info --json
+  mooncake-ep info --world-size 2 --device cuda
 """
 
 
@@ -38,17 +42,30 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "info",
         help="show version, backends, limits and this machine",
-        description="Show version, backends, limits, and what this machine and this Python offer.",
+        description="Show version, backends, limits, and what this machine and this Python offer. "
+        "With --world-size, a group is made of so many ranks, and how they reach each other is "
+        "shown, and why not in a faster way.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--world-size",
+        type=count,
+        metavar="N",
+        help="ranks, each of them a process, that are to say how they reach each other",
+    )
+    add_device_argument(parser)
+    add_launch_arguments(parser)
     parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what is here."""
-    facts = {
+    group = _group(arguments)
+    if arguments.world_size is not None and group is None:
+        return 0  # rank 0 of the launcher's prints
+    facts: dict[str, Any] = {
         "version": ".".join(map(str, _package().version())),
         "library": _library_path(),
         "backends": _backends(),
@@ -56,11 +73,24 @@ def run(arguments: argparse.Namespace) -> int:
         "machine": machine(),
         "python": _python(),
     }
+    if group is not None:
+        facts["group"] = group
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
         _print(facts)
     return 0
+
+
+def _group(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Make a group, and tell how its ranks reach each other: [rank][peer]."""
+    if arguments.world_size is None:
+        return None
+    launch = launch_from(arguments, label="info")
+    ranks = run_ranks("mooncake_ep.cli.info_rank:run", {}, launch)
+    if not launch.reports:
+        return None
+    return {"device": launch.device, "transports": [rank["transports"] for rank in ranks]}
 
 
 def _package() -> Any:
@@ -179,6 +209,23 @@ def _print(facts: dict[str, Any]) -> None:
     python = facts["python"]
     frameworks = ", ".join(f"{name} {version}" for name, version in python["frameworks"].items())
     print(f"python     {python['version']}; {frameworks or 'no array framework found'}")
+    if "group" in facts:
+        _print_group(facts["group"])
+
+
+def _print_group(group: dict[str, Any]) -> None:
+    transports = group["transports"]
+    names = [[one["name"] for one in row] for row in transports]
+    width = max(len(name) for row in names for name in row)
+    print(f"group      {len(names)} ranks on {group['device']}, how each reaches each:")
+    print(
+        "           rank  " + " ".join(f"{peer:<{width}d}" for peer in range(len(names))).rstrip()
+    )
+    for rank, row in enumerate(names):
+        print(f"           {rank:<5d} " + " ".join(f"{name:<{width}s}" for name in row).rstrip())
+    reasons = {(one["name"], one["reason"]) for row in transports for one in row}
+    for name, reason in sorted(reasons):
+        print(f"           {name}: {reason}")
 
 
 def _shared_memory_text(machine: dict[str, Any]) -> str:

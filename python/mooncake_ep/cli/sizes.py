@@ -107,6 +107,11 @@ def add_size_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None
         metavar="N",
         help="of all random numbers (default: %(default)s)",
     )
+    add_launch_arguments(parser)
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --timeout and --launched-by-env."""
     parser.add_argument(
         "--timeout",
         type=float,
