@@ -138,6 +138,20 @@ typedef struct mep_backend_info {
 /** Describe a backend (MEP_BACKEND_*), also one that is not in this build. Local. */
 MEP_API mep_status_t mep_backend_query(int32_t backend, mep_backend_info_t *info);
 
+typedef struct mep_rdma_info {
+    uint32_t struct_size;
+    int32_t available;    /**< 1: rows may go by GPU-initiated RDMA; 0 in this version */
+    int32_t device_count; /**< RDMA devices that libibverbs finds, of any kind */
+    uint32_t reserved;
+    const char *reason; /**< why it is not used */
+} mep_rdma_info_t;
+
+/**
+ * Tell whether GPU-initiated RDMA can be used on this machine. A machine without it, or without
+ * libibverbs, is no error: ranks then reach each other peer to peer only. Local.
+ */
+MEP_API mep_status_t mep_rdma_query(mep_rdma_info_t *info);
+
 /* ---- Tensors --------------------------------------------------------------------------------- */
 
 /** Device codes of DLPack. MetaX arrays arrive as MEP_DEVICE_CUDA. */
@@ -275,11 +289,10 @@ typedef struct mep_transport_info {
  * Join a group. Collective, blocking.
  * Before it returns, every rank has stored a word in every peer's memory: a way that does not work
  * shows here, within 10 s, and not in the first dispatch.
- * Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available, ranks that cannot reach each
- * other: which and why, the same on all ranks);
- * MEP_TIMEOUT (names the missing ranks); MEP_MISMATCH (rank_count, backend or library version
- * differ); MEP_BOOTSTRAP_FAILED (wrong secret, rank taken, connection lost, callback failed);
- * MEP_SYSTEM_ERROR.
+ * Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available, ranks that cannot reach
+ * each other: which and why, the same on all ranks); MEP_TIMEOUT (names the missing ranks);
+ * MEP_MISMATCH (rank_count, backend or library version differ); MEP_BOOTSTRAP_FAILED (wrong secret,
+ * rank taken, connection lost, callback failed); MEP_SYSTEM_ERROR.
  */
 MEP_API mep_status_t mep_group_create(const mep_group_config_t *config, mep_group_t **group);
 

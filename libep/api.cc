@@ -377,6 +377,13 @@ mep_status_t mep_backend_query(int32_t backend, mep_backend_info_t *info) {
     return write_struct(info, answer, "info");
 }
 
+mep_status_t mep_rdma_query(mep_rdma_info_t *info) {
+    const ep::RdmaProbe &probe = ep::Group::rdma();
+    const mep_rdma_info_t answer{sizeof answer, 0, static_cast<int32_t>(probe.devices.size()), 0,
+                                 probe.reason.c_str()};
+    return write_struct(info, answer, "info");
+}
+
 mep_status_t mep_unique_id_create(const char *address, mep_unique_id_t *id) {
     EP_TRY(not_null(id, "id"));
     return ep::unique_id_create(address, id);
@@ -429,7 +436,8 @@ mep_status_t mep_group_query_transport(const mep_group_t *group, int32_t peer,
         return fail(MEP_INVALID_ARGUMENT, "peer is %d; it must be in [0, %d)", peer,
                     g.rank_count());
     const TransportChoice &choice = g.transport(peer);
-    const mep_transport_info_t answer{sizeof answer, choice.kind, choice.name, choice.reason.c_str()};
+    const mep_transport_info_t answer{sizeof answer, choice.kind, choice.name,
+                                      choice.reason.c_str()};
     return write_struct(info, answer, "info");
 }
 

@@ -51,6 +51,8 @@ mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Gro
     if (created->rank_count() > 1) EP_TRY(created->try_transports(&facts));
     EP_TRY(all_reach(facts));
     created->adopt(facts);
+    if (backend != MEP_BACKEND_CPU)
+        log(MEP_LOG_INFO, "IBGDA unavailable, using P2P-only path: %s", rdma().reason.c_str());
     log(MEP_LOG_INFO, "rank %d of %d joined on %s", created->rank(), created->rank_count(),
         created->backend_->name);
     *group = std::move(created);

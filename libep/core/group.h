@@ -7,6 +7,7 @@
 #include "base/deadline.h"
 #include "core/bootstrap.h"
 #include "transport/facts.h"
+#include "transport/rdma.h"
 
 #include <memory>
 #include <vector>
@@ -35,6 +36,9 @@ class Group {
 
     // Do lines arrive whole at every peer? This rank's view.
     bool delivers_lines() const { return delivers_lines_; }
+
+    // What this machine has for RDMA, by which no pair of ranks goes yet.
+    static const RdmaProbe &rdma() { return machine_rdma(); }
 
     mep_status_t all_gather(const void *send, void *receive, size_t bytes);
 

@@ -5,7 +5,9 @@ from ._lib import (
     EpError,
     EpTimeoutError,
     PeerFailedError,
+    RdmaInfo,
     backend_info,
+    rdma_info,
     version,
 )
 from .buffer import (
@@ -32,10 +34,12 @@ __all__ = [
     "PeerFailedError",
     "PendingCombine",
     "PendingDispatch",
+    "RdmaInfo",
     "Transport",
     "World",
     "backend_info",
     "create_unique_id",
     "destroy_unique_id",
+    "rdma_info",
     "version",
 ]

@@ -134,6 +134,26 @@ def backend_info(backend: str) -> BackendInfo:
     return BackendInfo(text(info.name), info.available == 1, info.device_count, text(info.reason))
 
 
+@dataclass(frozen=True)
+class RdmaInfo:
+    """Whether rows may go by GPU-initiated RDMA on this machine.
+
+    available: False in this version; device_count: RDMA devices of any kind; reason: why it is not
+    used.
+    """
+
+    available: bool
+    device_count: int
+    reason: str
+
+
+def rdma_info() -> RdmaInfo:
+    """Tell whether GPU-initiated RDMA can be used on this machine; never an error."""
+    info = struct("mep_rdma_info_t")
+    check(lib.mep_rdma_query(info))
+    return RdmaInfo(info.available == 1, info.device_count, text(info.reason))
+
+
 def version() -> tuple[int, int, int]:
     """Version of the loaded library: (major, minor, patch)."""
     number = lib.mep_version()

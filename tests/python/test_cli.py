@@ -74,11 +74,15 @@ def test_info_shows_what_is_here() -> None:
     text = succeed("info")
     for word in ("mooncake_ep 0.", "libmooncake_ep", "cpu   available", "limits", "/dev/shm"):
         assert word in text
+    assert "rdma       IBGDA unavailable, using P2P-only path: " in text
 
 
 def test_info_as_json_has_all_parts() -> None:
     facts = json.loads(succeed("info", "--json"))
-    assert set(facts) == {"version", "library", "backends", "limits", "machine", "python"}
+    parts = {"version", "library", "backends", "rdma", "limits", "machine", "python"}
+    assert set(facts) == parts
+    assert facts["rdma"]["available"] is False
+    assert facts["rdma"]["reason"]
     assert facts["backends"]["cpu"]["available"] is True
     for name in ("cuda", "maca"):
         assert facts["backends"][name]["available"] or facts["backends"][name]["reason"]

@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         "version": ".".join(map(str, _package().version())),
         "library": _library_path(),
         "backends": _backends(),
+        "rdma": _rdma(),
         "limits": _limits(),
         "machine": machine(),
         "python": _python(),
@@ -119,6 +120,15 @@ def _backends() -> dict[str, Any]:
             "reason": info.reason,
         }
     return found
+
+
+def _rdma() -> dict[str, Any]:
+    info = _package().rdma_info()
+    return {
+        "available": info.available,
+        "device_count": info.device_count,
+        "reason": info.reason,
+    }
 
 
 def _limits() -> dict[str, int]:
@@ -198,6 +208,7 @@ def _print(facts: dict[str, Any]) -> None:
             else f"not available: {backend['reason']}"
         )
         print(f"backend    {name:<6s}{state}")
+    print(f"rdma       IBGDA unavailable, using P2P-only path: {facts['rdma']['reason']}")
     print("limits     " + ", ".join(f"{name} {value}" for name, value in facts["limits"].items()))
     machine = facts["machine"]
     print(f"machine    {machine['system']}, boot id {machine['boot_id'] or 'unknown'}")

@@ -663,6 +663,7 @@ TEST_F(Refused, NullWhereSomethingIsNeeded) {
         mep_world_create(1, nullptr),
         mep_unique_id_create(nullptr, nullptr),
         mep_backend_query(MEP_BACKEND_CPU, nullptr),
+        mep_rdma_query(nullptr),
         mep_group_query(nullptr, &group_info),
         mep_group_query(alone.group.get(), nullptr),
         mep_group_query_transport(alone.group.get(), 0, nullptr),

@@ -7,6 +7,7 @@
 /* The structs that grow: they start with struct_size. */
 #define MEP_STRUCTS(X)       \
     X(mep_backend_info_t)    \
+    X(mep_rdma_info_t)       \
     X(mep_group_config_t)    \
     X(mep_group_info_t)      \
     X(mep_transport_info_t)  \
