@@ -191,6 +191,52 @@ typedef struct mep_tensor {
     uint64_t byte_offset;
 } mep_tensor_t;
 
+/* ---- Topology -------------------------------------------------------------------------------- */
+
+/** GPUs, NICs and NUMA nodes of a machine, and how they are linked. */
+typedef struct mep_topology mep_topology_t;
+
+/**
+ * Read what Linux tells in the sysfs below `root`; NULL: of this machine. GPUs are in the order of
+ * their PCI addresses. No driver is asked, so links other than PCI's are not in it; see
+ * mep_topology_apply_smi. A machine without GPUs and NICs is no error. Local.
+ * Errors: MEP_SYSTEM_ERROR (names the file that cannot be read, or the NIC without a port).
+ */
+MEP_API mep_status_t mep_topology_read(const char *root, mep_topology_t **topology);
+
+/**
+ * Load what mep_topology_text gave, here or on another machine. Local.
+ * Errors: MEP_INVALID_ARGUMENT (names the line and what is wrong with it).
+ */
+MEP_API mep_status_t mep_topology_load(const char *text, mep_topology_t **topology);
+
+/**
+ * Link GPUs as `tool`, "nvidia-smi" or "mx-smi", says: `text` is what `TOOL topo -m` printed.
+ * Local. Errors: MEP_INVALID_ARGUMENT (names the row, the column and the cell); nothing is changed
+ * then.
+ */
+MEP_API mep_status_t mep_topology_apply_smi(mep_topology_t *topology, const char *tool,
+                                            const char *text);
+
+/**
+ * The topology as lines of text, until it is changed or destroyed: `numa N`; `gpu INDEX VENDOR
+ * PCI_PATH numa N uuid UUID`; `nic NAME PORT_STATE LINK_LAYER PCI_PATH numa N`; `link gpu N gpu|nic
+ * M KIND`, where KIND is NV<lanes>, MX, PIX, PXB, PHB, NODE, SYS, PROC or SHM, and `-` is nothing
+ * known. Local.
+ */
+MEP_API mep_status_t mep_topology_text(const mep_topology_t *topology, const char **text);
+
+/**
+ * The NIC for a GPU: the nearest by PCI path whose port is active, GPUs in their order, ties spread
+ * over the NICs. `filter`: a comma list of NICs to choose from; NULL: MOONCAKE_EP_DEVICE_FILTER, or
+ * all. *name is "" if no port is active; it lives until the next call with this topology. Local.
+ * Errors: MEP_INVALID_ARGUMENT (no such GPU; names the NIC in the filter that does not exist).
+ */
+MEP_API mep_status_t mep_topology_nic(mep_topology_t *topology, int32_t gpu, const char *filter,
+                                      const char **name);
+
+MEP_API void mep_topology_destroy(mep_topology_t *topology);
+
 /* ---- Group ----------------------------------------------------------------------------------- */
 
 /** One rank's membership in a set of ranks that exchange tokens. */

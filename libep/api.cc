@@ -1,8 +1,10 @@
 // The exported functions: check the arguments, call the core. No logic here.
 #include "mooncake_ep.h"
 
+#include "base/env.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "core/machine.h"
 #include "core/operations.h"
 #include "core/tensor.h"
 
@@ -382,6 +384,52 @@ mep_status_t mep_rdma_query(mep_rdma_info_t *info) {
     const mep_rdma_info_t answer{sizeof answer, 0, static_cast<int32_t>(probe.devices.size()), 0,
                                  probe.reason.c_str()};
     return write_struct(info, answer, "info");
+}
+
+mep_status_t mep_topology_read(const char *root, mep_topology_t **topology) {
+    EP_TRY(not_null(topology, "topology"));
+    ep::Machine machine;
+    EP_TRY(machine.read(root == nullptr ? "/" : root));
+    return wrap(std::move(machine), topology);
+}
+
+mep_status_t mep_topology_load(const char *text, mep_topology_t **topology) {
+    EP_TRY(not_null(text, "text"));
+    EP_TRY(not_null(topology, "topology"));
+    ep::Machine machine;
+    EP_TRY(machine.load(text));
+    return wrap(std::move(machine), topology);
+}
+
+mep_status_t mep_topology_apply_smi(mep_topology_t *topology, const char *tool, const char *text) {
+    EP_TRY(not_null(topology, "topology"));
+    EP_TRY(not_null(tool, "tool"));
+    EP_TRY(not_null(text, "text"));
+    return topology->machine.apply_smi(tool, text);
+}
+
+mep_status_t mep_topology_text(const mep_topology_t *topology, const char **text) {
+    EP_TRY(not_null(topology, "topology"));
+    EP_TRY(not_null(text, "text"));
+    *text = topology->machine.text();
+    return MEP_OK;
+}
+
+mep_status_t mep_topology_nic(mep_topology_t *topology, int32_t gpu, const char *filter,
+                              const char **name) {
+    EP_TRY(not_null(topology, "topology"));
+    EP_TRY(not_null(name, "name"));
+    if (gpu < 0 || gpu >= topology->machine.gpu_count())
+        return fail(MEP_INVALID_ARGUMENT, "gpu is %d; it must be in [0, %d)", gpu,
+                    topology->machine.gpu_count());
+    const std::string set = ep::env_text("MOONCAKE_EP_DEVICE_FILTER");
+    EP_TRY(topology->machine.select_nics(filter == nullptr ? set.c_str() : filter));
+    *name = topology->machine.nic(gpu);
+    return MEP_OK;
+}
+
+void mep_topology_destroy(mep_topology_t *topology) {
+    delete topology;
 }
 
 mep_status_t mep_unique_id_create(const char *address, mep_unique_id_t *id) {

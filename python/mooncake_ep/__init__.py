@@ -20,6 +20,7 @@ from .buffer import (
     PendingDispatch,
 )
 from .group import Group, Transport, World, create_unique_id, destroy_unique_id
+from .topology import Topology, TopologyGpu, TopologyNic
 
 __all__ = [
     "BackendInfo",
@@ -35,6 +36,9 @@ __all__ = [
     "PendingCombine",
     "PendingDispatch",
     "RdmaInfo",
+    "Topology",
+    "TopologyGpu",
+    "TopologyNic",
     "Transport",
     "World",
     "backend_info",

@@ -1,4 +1,4 @@
-"""The command mooncake-ep: info, demo, smoke and bench.
+"""The command mooncake-ep: info, topo, demo, smoke and bench.
 
 Exit status: 0 all is well, 1 a check or a rank failed, 2 not with these arguments or here.
 Each command is a module with add_parser(); what needs NumPy is imported when a command runs.
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from . import bench, demo, info, smoke
+from . import bench, demo, info, smoke, topo
 from .errors import CheckFailedError, RankFailedError, UserError
 
 _DESCRIPTION = (
@@ -20,6 +20,7 @@ _DESCRIPTION = (
 _EPILOG = """\
 examples:
   mooncake-ep info                          what is here: version, backends, limits, machine
+  mooncake-ep topo                          GPUs, NICs, and how they are linked
   mooncake-ep demo                          a Mixture-of-Experts layer over real text on 4 ranks
   mooncake-ep smoke --world-size 2          check every element of a small round
   mooncake-ep bench --world-size 2          time dispatch and combine
@@ -63,6 +64,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (info, demo, smoke, bench):
+    for module in (info, topo, demo, smoke, bench):
         module.add_parser(subparsers)
     return parser

@@ -18,8 +18,8 @@ def exported(library: Path, nm: str) -> set[str]:
     """List the symbols that a program can link to."""
     command = [nm, "-D", "--defined-only", "--format=posix", str(library)]
     listing = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return {line.split()[0] for line in listing.stdout.splitlines()
-}
+    return {line.split()[0] for line in listing.stdout.splitlines()}
+
 
 def main(header: Path, library: Path, nm: str) -> int:
     """Print both differences; the exit status is 1 if there are any."""
