@@ -53,6 +53,7 @@ enum class Access : uint8_t {
     kSame,     // one memory
     kPeer,
     kRefused,
+    kGated,  // it says that it does, but that is not relied on for these two
 };
 
 // One device, as one rank uses it.

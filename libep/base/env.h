@@ -7,6 +7,10 @@
 //   MOONCAKE_EP_DEVICE_FILTER  the NICs to choose from, with commas in between
 //   MOONCAKE_EP_LINES        0: no messages by line, whatever the link; default 1
 //   MOONCAKE_EP_BULK_COPIES  0: no rows by bulk copies, whatever the device; default 1
+//   MOONCAKE_EP_MACA_P2P_PAIRS  pairs of MetaX GPUs that may reach each other, like 0-1,2-3;
+//   default: the
+//                            near ones
+//   MOONCAKE_EP_MACA_ALLOW_NODE_P2P  1: all of the host; default 0
 //   MOONCAKE_EP_LOG          error, warning, info or debug; default warning
 #pragma once
 

@@ -12,6 +12,7 @@ namespace ep {
 mep_status_t local_facts(const Device &device, int32_t backend, RankFacts *facts) {
     *facts = {};
     facts->backend = backend;
+    facts->physical = -1;
     std::memcpy(facts->device, device.uuid().bytes, sizeof facts->device);
     // Differs between hosts and between two boots of one; the same in all containers of a host.
     constexpr const char *kBootId = "/proc/sys/kernel/random/boot_id";
@@ -56,6 +57,13 @@ std::string obstacle(const GroupFacts &facts, int from, int to) {
     if (facts.access_of(from, to) == Access::kRefused)
         return "the device of " + rank_text(from) + " has no peer access to that of " +
                rank_text(to);
+    if (facts.access_of(from, to) == Access::kGated) {
+        const std::string pair = std::to_string(facts.ranks[from].physical) + "-" +
+                                 std::to_string(facts.ranks[to].physical);
+        return "GPUs " + pair + " of " + rank_text(from) + " and " + rank_text(to) +
+               " are not near; MOONCAKE_EP_MACA_P2P_PAIRS=" + pair +
+               " or MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 allows them";
+    }
     switch (facts.trial_of(from, to)) {
         case Trial::kNotMade:
         case Trial::kArrived:

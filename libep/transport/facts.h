@@ -17,8 +17,8 @@ struct RankFacts {
     char host[40];        // boot id
     uint64_t process[2];  // see process_identity()
     int32_t backend;      // MEP_BACKEND_*
-    int32_t reserved;
-    char device[16];  // UUID of a GPU; zero for the CPU
+    int32_t physical;     // number of a MetaX GPU on its host, see gate.h; otherwise -1
+    char device[16];      // UUID of a GPU; zero for the CPU
 };
 
 mep_status_t local_facts(const Device &device, int32_t backend, RankFacts *facts);

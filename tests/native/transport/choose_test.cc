@@ -96,6 +96,17 @@ TEST(Choice, KeepsToIslands) {
     expect_one_answer(group.facts);
 }
 
+TEST(Choice, SaysHowToOpenTheGate) {
+    Group group(MEP_BACKEND_MACA, processes(4, 4));
+    for (int rank = 0; rank < 4; ++rank)
+        group.facts.ranks[rank].physical = 3 - rank;
+    group.access(0, 2) = Access::kGated;
+    EXPECT_EQ(group.unreachable(),
+              "ranks 0 and 2 cannot reach each other: GPUs 3-1 of rank 0 and rank 2 are not near; "
+              "MOONCAKE_EP_MACA_P2P_PAIRS=3-1 or MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 allows them");
+    expect_one_answer(group.facts);
+}
+
 TEST(Choice, NeedsBothDirections) {
     Group group(MEP_BACKEND_CUDA, processes(3, 3));
     group.access(2, 1) = Access::kRefused;

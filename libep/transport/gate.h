@@ -1,0 +1,41 @@
+// Which MetaX GPUs of a host may store into each other's memory. That the runtime says they can is
+// not enough: a kernel that stores across a node's far pairs may wait for ever.
+#pragma once
+
+#include "mooncake_ep.h"
+
+#include "topology/graph.h"
+
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace ep {
+
+// GPUs by their physical number: their place among all of the host by PCI address.
+class P2pGate {
+  public:
+    // `pairs` as in MOONCAKE_EP_MACA_P2P_PAIRS, empty: not set; `all` if
+    // MOONCAKE_EP_MACA_ALLOW_NODE_P2P is 1. Without either, the pairs that MetaXLink joins, and
+    // where the topology knows of none, 0-1, 2-3 and so on.
+    static mep_status_t of(std::string_view pairs, bool all, const Topology &topology,
+                           P2pGate *gate);
+
+    // A GPU of unknown number, -1, may reach all only if all may.
+    bool allows(int one, int other) const;
+
+  private:
+    bool all_ = false;
+    std::vector<std::pair<int, int>> pairs_;  // the lower first
+};
+
+// The number of a GPU by its PCI address, "0000:18:00.0"; -1 if the topology does not have it.
+int physical_number(const Topology &topology, std::string_view pci_address);
+
+// The gate of this machine, from the environment, sysfs and, if it is here, mx-smi.
+mep_status_t machine_gate(const Topology &topology, P2pGate *gate);
+
+// This machine, with MetaXLink if mx-smi is here; without GPUs if sysfs cannot be read.
+Topology machine_topology();
+
+}  // namespace ep
