@@ -77,6 +77,9 @@ class Device {
     // cannot be told, as for a device that this process does not see.
     virtual bool delivers_lines(const DeviceUuid &peer) const = 0;
 
+    // "" if its dispatch casts rows to FP8; else why not.
+    virtual const char *no_quant_reason() const = 0;
+
     // How many multiprocessors it has; 0 on the CPU.
     virtual int block_count() const = 0;
 
