@@ -28,6 +28,7 @@ typedef enum mcError_t {
     mcSuccess = 0,
     mcErrorMemoryAllocation = 2,
     mcErrorNoDevice = 100,
+    mcErrorPeerAccessAlreadyEnabled = 704,
 } mcError_t;
 const char *mcGetErrorName(mcError_t error);
 const char *mcGetErrorString(mcError_t error);
