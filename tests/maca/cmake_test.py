@@ -39,8 +39,10 @@ exec {clang} -nogpulib -nogpuinc --cuda-host-only -fuse-cuid=none -D__MACACC__=1
 def configure(cmake: str, root: Path, build: Path, *options: str, **environment: str) -> str | None:
     """Configure the project; CMake's complaint, or nothing if it has none."""
     clean = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-    command = [cmake, "-S", root, "-B", build, "-DMEP_BUILD_TESTS=OFF", "-DMEP_CUDA=OFF", *options]
-    result = subprocess.run(command, capture_output=True, text=True, env=clean | environment)
+    command = [cmake, "-S", str(root), "-B", str(build), "-DMEP_BUILD_TESTS=OFF", "-DMEP_CUDA=OFF"]
+    result = subprocess.run(
+        [*command, *options], capture_output=True, text=True, env=clean | environment
+    )
     print(result.stdout)
     return None if result.returncode == 0 else " ".join(result.stderr.split())
 
@@ -98,11 +100,15 @@ def check_real(cmake: str, root: Path, folder: Path) -> int:
     return subprocess.run([cmake, "--build", folder, "--target", "mooncake_ep"]).returncode
 
 
-def main(cmake: str, root: Path, what: str, *clang: str) -> int:
+def main(cmake: str, root: Path, what: str, clang: str = "") -> int:
     """Run one of the checks."""
-    check = {"missing": check_missing, "found": check_found, "real": check_real}[what]
-    with tempfile.TemporaryDirectory() as folder:
-        return check(cmake, root, Path(folder), *clang)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if what == "missing":
+            return check_missing(cmake, root, folder)
+        if what == "found":
+            return check_found(cmake, root, folder, clang)
+        return check_real(cmake, root, folder)
 
 
 if __name__ == "__main__":

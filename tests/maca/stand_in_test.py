@@ -20,7 +20,8 @@ WAVE_SIZE, PRIVATE_BYTES_MAX, SHARED_BYTES_MAX = 64, 4 << 10, 64 << 10
 KERNELS_MIN = 14  # of dispatch 7, of combine 5, and those that count and weigh
 
 ASM = """
-#include "libep/backend/maca.cc"
+#define EP_DEVICE_MACA
+#include "device/device.h"
 __global__ void kernel(unsigned *to) {
     unsigned lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
@@ -34,7 +35,7 @@ def compiled(clang: str, root: Path, source: Path) -> subprocess.CompletedProces
     command = [clang, "-x", "hip", "--offload-arch=gfx90a", "-nogpulib", "-nogpuinc"]
     command += ["--cuda-device-only", "-S", "-O2", "-std=c++17", "-ffp-contract=off"]
     command += ["-Wall", "-Wextra", "-Werror", "-D__MACACC__=1"]
-    command += [f"-I{root / path}" for path in ("tests/maca/shim/stand_in", "libep", "include", "")]
+    command += [f"-I{root / path}" for path in ("tests/maca/shim/stand_in", "libep", "include")]
     return subprocess.run([*command, source, "-o", "-"], capture_output=True, text=True)
 
 
