@@ -49,17 +49,4 @@ endif()
 
 # ---- MACA ---------------------------------------------------------------------------------------
 
-if(MEP_MACA STREQUAL "ON")
-  message(FATAL_ERROR "MEP_MACA=ON: the MACA backend is not in this version")
-elseif(MEP_MACA STREQUAL "OFF")
-  message(STATUS "MACA: off (MEP_MACA=OFF)")
-else()
-  find_program(MEP_MXCC mxcc HINTS ENV MACA_PATH ENV MACA_HOME PATHS /opt/maca
-               PATH_SUFFIXES mxgpu_llvm/bin bin DOC "MetaX's compiler")
-  mark_as_advanced(MEP_MXCC)
-  if(MEP_MXCC)
-    message(STATUS "MACA: off (found ${MEP_MXCC}, but the backend is not in this version)")
-  else()
-    message(STATUS "MACA: off (no mxcc, and the backend is not in this version)")
-  endif()
-endif()
+include(${CMAKE_CURRENT_LIST_DIR}/maca.cmake)

@@ -175,6 +175,8 @@ mep_status_t check_tokens(const Buffer &buffer, const mep_dispatch_args_t &a, Di
     if (type->element == Element::kFp8)
         return fail(MEP_INVALID_ARGUMENT, "args.quant is %u, but x is float8_e4m3fn already",
                     a.quant);
+    if (const char *reason = buffer.device()->no_quant_reason(); *reason != '\0')
+        return fail(MEP_UNSUPPORTED, "args.quant is %u, but %s", a.quant, reason);
     return check_payload(buffer, MEP_PAYLOAD_FP8, "quant", "MEP_PAYLOAD_FP8");
 }
 

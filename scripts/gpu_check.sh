@@ -4,7 +4,8 @@
 #
 #   MEP_GTEST_SOURCE_DIR   GoogleTest's sources, where it is not installed
 #   MEP_CUDA_ARCHITECTURES default: native
-#   MEP_GPU_CHECK_STEPS    which steps to run, after the build; default: native python api memcheck racecheck bench peers
+#   MEP_GPU_CHECK_STEPS    which steps to run, after the build; default: native python api memcheck racecheck bench peers;
+#                          maca: MACA's kernels, by its shim over CUDA (tests/maca), against the CPU bit for bit
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -89,6 +90,17 @@ sanitize() {
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 
+# Not MACA: its kernels and its host code, over CUDA's runtime and pairs of warps.
+maca() {
+    local options=(-DMEP_CUDA=ON -DMEP_MACA_SHIM=ON -DMEP_MACA_FP8=ON -DCMAKE_BUILD_TYPE=Release
+        "-DCMAKE_CUDA_ARCHITECTURES=${MEP_CUDA_ARCHITECTURES:-native}")
+    [ -z "${MEP_GTEST_SOURCE_DIR:-}" ] || options+=("-DMEP_GTEST_SOURCE_DIR=$MEP_GTEST_SOURCE_DIR")
+    cmake -S . -B "$DIR/maca" -G Ninja "${options[@]}" &&
+        cmake --build "$DIR/maca" --target gpu_maca_test api_maca_test &&
+        "$DIR/maca/tests/native/gpu_maca_test" &&
+        "$DIR/maca/tests/native/api_maca_test"
+}
+
 peers() {
     use_python_package || return
     local shape
@@ -127,7 +139,9 @@ for name in bench peers; do
     [ ! -f "$DIR/$name.log" ] || cat "$DIR/$name.log"
 done
 echo
-[ ! -f "$DIR/native.log" ] || grep -hE 'tests passed|PASSED|SKIPPED|FAILED' "$DIR/native.log"
+for name in native maca; do
+    [ ! -f "$DIR/$name.log" ] || grep -hE 'tests passed|PASSED|SKIPPED|FAILED' "$DIR/$name.log"
+done
 for name in python api; do
     [ ! -f "$DIR/$name.log" ] || tail -n 1 "$DIR/$name.log"
 done

@@ -2,14 +2,14 @@
 # Builds and tests everything, on a fresh Debian or Ubuntu with Python >= 3.10 too: what is missing
 # is installed by apt (as root or by sudo) and into build/venv by pip. Logs go to build/logs.
 #
-#   MEP_TEST_STAGES      which stages to run; default: default asan tsan wheel python cuda lint
+#   MEP_TEST_STAGES      which stages to run; default: default asan tsan wheel python cuda maca lint
 #   MEP_TEST_FRAMEWORKS  what pip installs for the Python tests, which skip what is not there;
 #                        default: torch==2.13.0 jax
 #   PYTHON               the interpreter of build/venv; default: python3
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-readonly STAGES=${MEP_TEST_STAGES-default asan tsan wheel python cuda lint}
+readonly STAGES=${MEP_TEST_STAGES-default asan tsan wheel python cuda maca lint}
 readonly FRAMEWORKS=${MEP_TEST_FRAMEWORKS-torch==2.13.0 jax}
 readonly PYTHON=${PYTHON:-python3}
 readonly LOGS=$PWD/build/logs VENV=$PWD/build/venv
@@ -40,18 +40,18 @@ missing_packages() {
         compgen -G '/usr/lib/*/cmake/GTest/GTestConfig.cmake' >/dev/null || echo libgtest-dev
 }
 
-install_packages() {
-    local packages as_root=()
-    mapfile -t packages < <(missing_packages)
-    [ ${#packages[@]} -eq 0 ] && return
-    echo "installing ${packages[*]}"
+# install PACKAGE...
+install() {
+    local as_root=()
+    [ $# -eq 0 ] && return
+    echo "installing $*"
     if [ "$(id -u)" -ne 0 ]; then
-        have sudo || { echo "no root and no sudo: install ${packages[*]} first"; return 1; }
+        have sudo || { echo "no root and no sudo: install $* first"; return 1; }
         as_root=(sudo)
     fi
     "${as_root[@]}" apt-get update -qq &&
         "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-            apt-get install -y -qq --no-install-recommends "${packages[@]}"
+            apt-get install -y -qq --no-install-recommends "$@"
 }
 
 cmake_is_new_enough() {
@@ -61,7 +61,9 @@ cmake_is_new_enough() {
 }
 
 stage_setup() {
-    install_packages || return
+    local packages
+    mapfile -t packages < <(missing_packages)
+    install "${packages[@]}" || return
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { echo "$PYTHON is older than 3.10; set PYTHON to a newer one"; return 1; }
     "$VENV/bin/python" -c '' 2>/dev/null || "$PYTHON" -m venv --clear "$VENV" || return
@@ -90,6 +92,17 @@ stage_tsan() { native tsan; }
 stage_cuda() {
     have nvcc || [ -x /usr/local/cuda/bin/nvcc ] || skip "no nvcc" || return
     cmake --fresh --preset cuda && cmake --build --preset cuda -j "$JOBS"
+}
+
+# What can be said of the MACA backend without its SDK: tests/maca, and that its shim over CUDA
+# compiles. Where no clang is to be had, the tests that need it skip.
+stage_maca() {
+    have clang++-19 || install clang-19 || echo "clang-19 is not to be had"
+    cmake --fresh --preset maca && cmake --build --preset maca -j "$JOBS" &&
+        ctest --preset maca -j "$JOBS" --output-junit "$LOGS/maca.xml" || return
+    have nvcc || [ -x /usr/local/cuda/bin/nvcc ] || return 0
+    cmake --fresh --preset cuda -B build/maca-shim -DMEP_MACA_SHIM=ON -DMEP_MACA_FP8=ON \
+        -DCMAKE_CUDA_ARCHITECTURES=90 && cmake --build build/maca-shim --target mooncake_ep_maca
 }
 
 # ---- Python ---------------------------------------------------------------------------------------
@@ -185,7 +198,7 @@ printf '%-8s %4d s\n\n' total $SECONDS
 grep -h '^note: ' "$LOGS/python.log" 2>/dev/null
 for stage in $STAGES; do
     case $stage in
-        default | asan | tsan) grep -h '^[0-9]*% tests passed' "$LOGS/$stage.log" ;;
+        default | asan | tsan | maca) grep -h '^[0-9]*% tests passed' "$LOGS/$stage.log" ;;
         python) grep -hE '^=+ .*(passed|failed|skipped|error|no tests ran).* =+$' "$LOGS/python.log" | tail -n 1 ;;
     esac
 done

@@ -73,6 +73,9 @@ class Device {
     virtual mep_status_t open_window(const WindowHandle &handle,
                                      std::shared_ptr<Mapping> *mapping) = 0;
 
+    // "0000:18:00.0"; "" for the CPU, or if it cannot be told.
+    virtual std::string pci_address() const = 0;
+
     // The device's way to the memory of another of this host.
     virtual Access access(const DeviceUuid &peer) const = 0;
 
@@ -94,6 +97,9 @@ class Device {
     // Does a line that this device stores arrive whole in the memory of that one? False if it
     // cannot be told, as for a device that this process does not see.
     virtual bool delivers_lines(const DeviceUuid &peer) const = 0;
+
+    // "" if its dispatch casts rows to FP8; else why not.
+    virtual const char *no_quant_reason() const = 0;
 
     // How many multiprocessors it has; 0 on the CPU.
     virtual int block_count() const = 0;

@@ -173,8 +173,10 @@ class Cpu : public Device {
     DeviceUuid uuid() const override { return {}; }
     Access access(const DeviceUuid &) const override { return Access::kSame; }
     void *set_up_stream() const override { return nullptr; }
+    std::string pci_address() const override { return ""; }
     int block_count() const override { return 0; }
     bool delivers_lines(const DeviceUuid &) const override { return false; }
+    const char *no_quant_reason() const override { return ""; }
     int enter() override { return 0; }
     void leave(int) override {}
     mep_status_t launch_status(int) const override { return MEP_OK; }

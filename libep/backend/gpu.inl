@@ -1,24 +1,52 @@
-// The host runtime of a GPU, once for CUDA and MACA. The including file defines
+// The host runtime of a GPU, once for CUDA and MACA. The including file defines, before,
 //   EP_GPU(name)            cuda##name or mc##name
+//   EP_GPU_PROPERTIES       the struct of a device's properties, which does not follow that rule
 //   EP_GPU_NAME             "cuda" or "maca"
-//   gpu_kernels()           the kernels, and load_gpu_kernels(stream), which loads them
+// and after it the functions that are declared first here.
 #include "backend/backend.h"
 #include "backend/window_table.h"
 #include "base/status.h"
 
+#include <cctype>
 #include <cstring>
 
 namespace ep {
 namespace {
 
 using GpuError = EP_GPU(Error_t);
+using GpuProperties = EP_GPU_PROPERTIES;
+using GpuStream = EP_GPU(Stream_t);
 constexpr GpuError kGpuSuccess = EP_GPU(Success);
+
+// Errors by their numbers, which are the same; of some, MACA's names are not sure.
+constexpr int kOutOfMemory = 2, kPeerAccessAlreadyEnabled = 704;
+
+// ---- What differs -------------------------------------------------------------------------------
+
+Kernels gpu_kernels();
+
+// Loads the kernels onto the current device, so that no launch has to; nothing else may be waited
+// for.
+mep_status_t load_gpu_kernels(GpuStream stream);
+
+// Memory that peers write to while kernels here read it, on the current device.
+mep_status_t allocate_window(void **data, size_t bytes);
+
+// The same in every process.
+DeviceUuid uuid_of(const GpuProperties &properties);
+
+// Does a line that `device` stores arrive whole at `peer`, another device of this process?
+bool lines_arrive_whole(int device, int peer);
+
+// "" if dispatch casts rows to FP8; else why not.
+const char *no_quant_reason();
+
+// ---- Errors -------------------------------------------------------------------------------------
 
 mep_status_t gpu_status(GpuError error, const char *what) {
     if (error == kGpuSuccess) return MEP_OK;
     EP_GPU(GetLastError)();  // said here, so the next launch must not find it
-    const mep_status_t status =
-        error == EP_GPU(ErrorMemoryAllocation) ? MEP_OUT_OF_MEMORY : MEP_DEVICE_ERROR;
+    const mep_status_t status = error == kOutOfMemory ? MEP_OUT_OF_MEMORY : MEP_DEVICE_ERROR;
     return fail(status, "%s: %s (%s)", what, EP_GPU(GetErrorName)(error),
                 EP_GPU(GetErrorString)(error));
 }
@@ -91,12 +119,12 @@ class GpuWindow : public Window {
     GpuWindow &operator=(const GpuWindow &) = delete;
     ~GpuWindow() override { WindowTable::instance().remove(handle_.number); }
 
-    mep_status_t create(int device, EP_GPU(Stream_t) stream, size_t bytes, Sharing sharing) {
+    mep_status_t create(int device, GpuStream stream, size_t bytes, Sharing sharing) {
         // A handle names a whole block of the allocator; this way the window has one of its own.
         constexpr size_t kBlockBytes = size_t{2} << 20;
         const size_t rounded = (bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
         void *data = nullptr;
-        EP_TRY_GPU(Malloc(&data, rounded));
+        EP_TRY(allocate_window(&data, rounded));
         mapping_ = std::make_shared<OwnMapping>(static_cast<char *>(data), device);
         EP_TRY_GPU(MemsetAsync(data, 0, rounded, stream));
         EP_TRY_GPU(StreamSynchronize(stream));
@@ -136,15 +164,14 @@ class Gpu : public Device {
     }
 
     mep_status_t start() {
-        EP_GPU(DeviceProp) properties;
+        GpuProperties properties;
         EP_TRY_GPU(GetDeviceProperties(&properties, device_));
         block_count_ = properties.multiProcessorCount;
-        static_assert(sizeof properties.uuid == sizeof uuid_, "a UUID has 16 bytes");
-        std::memcpy(&uuid_, &properties.uuid, sizeof uuid_);
+        uuid_ = uuid_of(properties);
         const DeviceScope scope(device_);
         EP_TRY(scope.status());
         EP_TRY_GPU(StreamCreateWithFlags(&stream_, EP_GPU(StreamNonBlocking)));
-        return gpu_status(static_cast<GpuError>(load_gpu_kernels(stream_)), "loading the kernels");
+        return load_gpu_kernels(stream_);
     }
 
     const Kernels &kernels() const override { return kernels_; }
@@ -161,18 +188,20 @@ class Gpu : public Device {
                    : Access::kRefused;
     }
     void *set_up_stream() const override { return stream_; }
+    std::string pci_address() const override {
+        char address[32] = "";
+        if (EP_GPU(DeviceGetPCIBusId)(address, sizeof address, device_) != kGpuSuccess) return "";
+        for (char &letter : address)
+            letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
+        return address;
+    }
 
-    // NVLink and its like keep a store of a line together, and they are the links with native
-    // atomics; PCIe may split it.
     bool delivers_lines(const DeviceUuid &peer) const override {
         if (std::memcmp(&peer, &uuid_, sizeof uuid_) == 0) return true;
         const int device = find_device(peer);
-        int atomics = 0;
-        return device >= 0 &&
-               EP_GPU(DeviceGetP2PAttribute)(&atomics, EP_GPU(DevP2PAttrNativeAtomicSupported),
-                                             device_, device) == kGpuSuccess &&
-               atomics != 0;
+        return device >= 0 && lines_arrive_whole(device_, device);
     }
+    const char *no_quant_reason() const override { return ep::no_quant_reason(); }
 
     mep_status_t allocate(size_t bytes, DeviceMemory *memory) override {
         const DeviceScope scope(device_);
@@ -252,10 +281,10 @@ class Gpu : public Device {
         int count = 0;
         if (EP_GPU(GetDeviceCount)(&count) != kGpuSuccess) return -1;
         for (int device = 0; device < count; ++device) {
-            EP_GPU(DeviceProp) properties;
-            if (EP_GPU(GetDeviceProperties)(&properties, device) == kGpuSuccess &&
-                std::memcmp(&uuid, &properties.uuid, sizeof uuid) == 0)
-                return device;
+            GpuProperties properties;
+            if (EP_GPU(GetDeviceProperties)(&properties, device) != kGpuSuccess) continue;
+            const DeviceUuid found = uuid_of(properties);
+            if (std::memcmp(&uuid, &found, sizeof uuid) == 0) return device;
         }
         return -1;
     }
@@ -267,7 +296,7 @@ class Gpu : public Device {
             return fail(MEP_SYSTEM_ERROR, "a peer's window is gone; its rank has failed");
         if (handle.device == device_) return MEP_OK;
         const GpuError error = EP_GPU(DeviceEnablePeerAccess)(handle.device, 0);
-        if (error == EP_GPU(ErrorPeerAccessAlreadyEnabled)) {
+        if (error == kPeerAccessAlreadyEnabled) {
             EP_GPU(GetLastError)();  // not an error, but it would be found by the next launch
             return MEP_OK;
         }
@@ -277,7 +306,7 @@ class Gpu : public Device {
     const int device_;
     const Kernels kernels_;
     // For set-up: it waits for nothing else, as another rank's kernel may be waiting for this rank.
-    EP_GPU(Stream_t) stream_ = nullptr;
+    GpuStream stream_ = nullptr;
     DeviceUuid uuid_{};
     int block_count_ = 1;
 };

@@ -2,6 +2,7 @@
 
 #include "base/log.h"
 #include "base/status.h"
+#include "transport/gate.h"
 #include "transport/trial.h"
 
 #include <cstdio>
@@ -84,9 +85,10 @@ mep_status_t Group::meet(const mep_group_config_t &config, const Deadline &deadl
 mep_status_t Group::gather_facts(GroupFacts *facts, const Deadline &deadline) {
     Greeting mine{mep_version(), rank_count(), backend_->id, 0, {}};
     EP_TRY(local_facts(*device_, backend_->id, &mine.facts));
+    const Topology machine = gated() ? machine_topology() : Topology{};
+    mine.facts.physical = physical_number(machine, device_->pci_address());
     std::vector<Greeting> all(rank_count());
     EP_TRY(bootstrap_->all_gather(&mine, all.data(), sizeof mine, deadline));
-    std::vector<Access> access;
     for (int peer = 0; peer < rank_count(); ++peer) {
         const Greeting &theirs = all[peer];
         if (theirs.version != mine.version)
@@ -99,11 +101,26 @@ mep_status_t Group::gather_facts(GroupFacts *facts, const Deadline &deadline) {
             return fail(MEP_MISMATCH, "config.backend is %d on rank %d and %d on rank %d",
                         theirs.backend, peer, mine.backend, rank());
         facts->ranks.push_back(theirs.facts);
-        access.push_back(same_host(theirs.facts, mine.facts)
-                             ? device_->access(device_of(theirs.facts))
-                             : Access::kRefused);
     }
+    std::vector<Access> access(rank_count(), Access::kRefused);
+    EP_TRY(agree(access_to(facts->ranks, machine, &access)));
     return gather_rows(access, &facts->access);
+}
+
+mep_status_t Group::access_to(const std::vector<RankFacts> &ranks, const Topology &machine,
+                              std::vector<Access> *row) const {
+    P2pGate gate;
+    if (gated()) EP_TRY(machine_gate(machine, &gate));
+    const RankFacts &mine = ranks[rank()];
+    for (int peer = 0; peer < rank_count(); ++peer) {
+        const RankFacts &theirs = ranks[peer];
+        if (!same_host(theirs, mine)) continue;
+        Access &access = (*row)[peer];
+        access = device_->access(device_of(theirs));
+        const bool far = gated() && !gate.allows(mine.physical, theirs.physical);
+        if (far && access != Access::kSame && access != Access::kRefused) access = Access::kGated;
+    }
+    return MEP_OK;
 }
 
 mep_status_t Group::try_transports(GroupFacts *facts) {

@@ -6,6 +6,7 @@
 #include "backend/backend.h"
 #include "base/deadline.h"
 #include "core/bootstrap.h"
+#include "topology/graph.h"
 #include "transport/facts.h"
 #include "transport/rdma.h"
 
@@ -54,8 +55,12 @@ class Group {
     Group() = default;
     mep_status_t meet(const mep_group_config_t &config, const Deadline &deadline);
     mep_status_t gather_facts(GroupFacts *facts, const Deadline &deadline);
+    mep_status_t access_to(const std::vector<RankFacts> &ranks, const Topology &machine,
+                           std::vector<Access> *row) const;
     mep_status_t try_transports(GroupFacts *facts);
     void adopt(const GroupFacts &facts);
+    // Whether P2pGate says who may reach whom.
+    bool gated() const { return backend_->id == MEP_BACKEND_MACA; }
     // Gathers rank_count() bytes of each rank: [rank][peer].
     template <class Byte>
     mep_status_t gather_rows(const std::vector<Byte> &row, std::vector<Byte> *matrix);

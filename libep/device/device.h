@@ -81,6 +81,8 @@
 
 #if defined(EP_DEVICE_CUDA)
 #include "device/cuda.h"
+#elif defined(EP_DEVICE_MACA)
+#include "device/maca.h"
 #elif defined(EP_DEVICE_EMU)
 #include "device/emu.h"
 #else

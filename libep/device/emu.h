@@ -30,6 +30,12 @@
 #define EP_EMU_WARP_SIZE 64
 #endif
 
+// A GPU of which little is known, as maca.h has it: no blocks of different roles in a launch, no
+// lines, no bulk copies.
+#if !defined(EP_EMU_PLAIN)
+#define EP_EMU_PLAIN 0
+#endif
+
 namespace ep::emu {
 
 constexpr int kWarpSize = EP_EMU_WARP_SIZE;
@@ -59,14 +65,15 @@ struct Place {
 };
 inline thread_local Place place;
 
-constexpr bool kRolesApart = true;
+constexpr bool kRolesApart = EP_EMU_PLAIN == 0;
 constexpr bool kCastsFp8 = false, kCastsPairs = false;
 template <Element kType>
 uint32_t cast_pair(float low, float high);
 // Little enough that tests count in all ways.
 constexpr int kSharedExpertCountMax = 8;
 constexpr int kChoicesCountedByAllMax = 6;
-constexpr int kLineTokenCountMax = kWarpSize < 8 ? 0 : 16;  // a line takes 8 lanes
+constexpr int kLineTokenCountMax =
+    EP_EMU_PLAIN != 0 || kWarpSize < 8 ? 0 : 16;  // a line takes 8 lanes
 constexpr int kLineChoiceCountMax = 64;
 constexpr int kBlocksOfProcessor = 2;
 
@@ -189,7 +196,7 @@ inline void pass_store(Vector *to, Vector value) {
 }
 
 // Bulk copies.
-constexpr bool kHasBulkCopies = true;
+constexpr bool kHasBulkCopies = EP_EMU_PLAIN == 0;
 constexpr int kBulkSlotBytes = 512,
               kBulkSlots = 4;  // little enough that rows of tests take several
 
@@ -348,7 +355,7 @@ void launch_large(void (*kernel)(Args), const Args &args, const Queue &queue, in
     launch(kernel, args, queue, block_count);
 }
 inline bool moves_in_bulk(const Queue &queue) {
-    return queue.may_move_in_bulk;
+    return kHasBulkCopies && queue.may_move_in_bulk;
 }
 template <class Args>
 void launch_wide(void (*kernel)(Args), const Args &args, const Queue &queue, int block_count, int) {

@@ -1,4 +1,4 @@
-// Words for rows on devices with warps of scalar lanes; emu.h and cuda.h share them.
+// Words for rows on devices with warps of scalar lanes; emu.h, cuda.h and maca.h share them.
 // Included inside the device's namespace.
 
 constexpr int kPack = 8;  // 16 bytes of a 2-byte type

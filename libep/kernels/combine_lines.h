@@ -44,8 +44,10 @@ struct LineWeightsShared {
 };
 
 // Before the launch that sums. A warp per own token, which sends each of its ranks a line with a
-// weight for each entry of the message that this rank had of the token.
-EP_KERNEL combine_weights_by_line(const CombineArgs a) {
+// weight for each entry of the message that this rank had of the token. A template, so that it is
+// made only where there are lines.
+template <class Args>
+EP_KERNEL combine_weights_by_line(const Args a) {
     after_launches_before();
     EP_SHARED(LineWeightsShared, shared);
     const Round &r = a.round;
@@ -256,7 +258,7 @@ int launch_combine_by_line(CombineArgs args, Phases phases, const Queue &queue) 
     r.parts = Divisor::of(parts);
     r.phases = Phases::kSend;
     if ((has_phase(phases, Phases::kSend) && args.topk_weights != nullptr) || queue.load_only)
-        launch_all(combine_weights_by_line, args, queue, r.token_count);
+        launch_all(combine_weights_by_line<CombineArgs>, args, queue, r.token_count);
     launch_phases(combine_by_line<kType, kPartial>, args, phases, queue,
                   [](auto kernel, const CombineArgs &now, const Queue &on, int blocks) {
                       launch_wide(kernel, now, on, blocks, kSummingThreads);

@@ -4,6 +4,8 @@
 #include "device/device.h"
 #include "kernels/kernels.h"
 
+#include <initializer_list>
+
 namespace ep::EP_DEVICE_NAMESPACE {
 
 constexpr int kTopkMax = 32;  // MEP_TOPK_MAX

@@ -15,6 +15,11 @@
 #include <utility>
 #include <vector>
 
+// The backend under test: CUDA's, or what the shim of MACA makes of it (tests/maca).
+#if !defined(EP_TEST_BACKEND)
+#define EP_TEST_BACKEND MEP_BACKEND_CUDA
+#endif
+
 namespace gpu {
 
 enum class Weights { kAtDispatch, kAtCombine, kNone };

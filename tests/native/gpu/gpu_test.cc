@@ -1,4 +1,4 @@
-// CUDA against the CPU, bit for bit: ranks as threads and as processes, also several on one GPU.
+// A GPU against the CPU, bit for bit: ranks as threads and as processes, also several on one GPU.
 #include "gpu/gpu.h"
 
 #include "support/forked.h"
@@ -24,14 +24,14 @@ namespace {
 std::string unavailable() {
     mep_backend_info_t info{};
     info.struct_size = sizeof info;
-    mep_backend_query(MEP_BACKEND_CUDA, &info);
+    mep_backend_query(EP_TEST_BACKEND, &info);
     return info.available != 0 ? "" : info.reason;
 }
 
 #define NEEDS_GPU()                                                    \
     do {                                                               \
         if (const std::string reason = unavailable(); !reason.empty()) \
-            GTEST_SKIP() << "no CUDA device here: " << reason;         \
+            GTEST_SKIP() << "no device here: " << reason;              \
     } while (0)
 
 int device_count() {
@@ -64,7 +64,7 @@ std::vector<Results> run_threads(const Problem &p, Run run, int backend) {
 
 void expect_same_bits(const Problem &p, Run run = gpu::run_rounds) {
     const std::vector<Results> cpu = run_threads(p, run, MEP_BACKEND_CPU);
-    const std::vector<Results> cuda = run_threads(p, run, MEP_BACKEND_CUDA);
+    const std::vector<Results> cuda = run_threads(p, run, EP_TEST_BACKEND);
     for (int rank = 0; rank < p.ranks; ++rank)
         EXPECT_EQ(gpu::difference(cpu[rank], cuda[rank]), "") << "rank " << rank;
 }
@@ -75,12 +75,12 @@ void expect_same_bits_in_processes(const Problem &p, Run run = gpu::run_rounds) 
     const Shared<IdOfGroup> cpu_group, cuda_group;
     run_forked(p.ranks, kSecondsMax, [&](int rank) {
         if (const std::string reason = unavailable(); !reason.empty())
-            skip_rank("no CUDA device here: " + reason);
+            skip_rank("no device here: " + reason);
         std::string failure;
         Seat seat{rank, MEP_BACKEND_CPU, 0, nullptr, &cpu_group->of(rank)};
         const Results cpu = run(p, seat, &failure);
         EXPECT_EQ(failure, "") << "rank " << rank << " on the CPU";
-        seat = {rank, MEP_BACKEND_CUDA, rank % device_count(), nullptr, &cuda_group->of(rank)};
+        seat = {rank, EP_TEST_BACKEND, rank % device_count(), nullptr, &cuda_group->of(rank)};
         const Results cuda = run(p, seat, &failure);
         EXPECT_EQ(failure, "") << "rank " << rank << " on a GPU";
         EXPECT_EQ(gpu::difference(cpu, cuda), "") << "rank " << rank;

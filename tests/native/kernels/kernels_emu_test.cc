@@ -11,6 +11,8 @@ namespace {
 
 // What does not depend on the width of a warp is shown at the narrowest: each lane is a thread.
 constexpr bool kWide = emu::kWarpSize > 4;
+constexpr bool kLines = emu::kLineTokenCountMax > 0;
+constexpr const char *kWhyNotLines = "a line takes 8 lanes, and a device that has lines";
 constexpr const char *kWhyNotWide = "does not depend on the width of a warp; see the narrowest";
 
 Rig small(Element type, Quant quant, Weights weights) {
@@ -82,7 +84,7 @@ Rig by_line(Rig rig) {
 }
 
 TEST(EmuKernels, CarryRowsByLine) {
-    if (!kWide) GTEST_SKIP() << "a line takes 8 lanes";
+    if (!kLines) GTEST_SKIP() << kWhyNotLines;
     Rig rig = by_line(small_bf16(Weights::kAtDispatch));
     rig.hidden = 456;  // its last line is not full
     expect_rounds_are_right(rig, 1000, 2);
@@ -96,7 +98,7 @@ TEST(EmuKernels, CarryRowsByLine) {
 }
 
 TEST(EmuKernels, ServeThreeRanksByLine) {
-    if (!kWide) GTEST_SKIP() << "a line takes 8 lanes";
+    if (!kLines) GTEST_SKIP() << kWhyNotLines;
     Rig rig = by_line(small_bf16(Weights::kAtCombine));
     rig.ranks = 3;
     rig.experts = 6;
@@ -115,11 +117,11 @@ TEST(EmuKernels, ServeOneExpert) {
     rig.hidden = 8;
     rig.tokens_max = 16;
     expect_rounds_are_right(rig, 1060, 2);
-    if (kWide) expect_rounds_are_right(by_line(rig), 1070, 2);
+    if (kLines) expect_rounds_are_right(by_line(rig), 1070, 2);
 }
 
 TEST(EmuKernels, CarryFp8ByLine) {
-    if (!kWide) GTEST_SKIP() << "a line takes 8 lanes";
+    if (!kLines) GTEST_SKIP() << kWhyNotLines;
     Rig rig = by_line(small(Element::kBf16, Quant::kFp8, Weights::kAtDispatch));
     rig.hidden = 1024;  // two parts, the second with one group
     expect_rounds_are_right(rig, 1100, 1);
@@ -208,7 +210,7 @@ TEST(EmuKernels, KeepEachOtherWhenOneNeverStarts) {
     rig.experts = 6;
     rig.hidden = 8;
     expect_survivors_keep_each_other(rig, 1, 2, 950);
-    if (kWide) expect_survivors_keep_each_other(by_line(rig), 1, 2, 960);
+    if (kLines) expect_survivors_keep_each_other(by_line(rig), 1, 2, 960);
 }
 
 }  // namespace

@@ -9,6 +9,10 @@
 #include <cstdio>
 #include <cstdlib>
 
+#if !defined(EP_TEST_BACKEND)  // see gpu/gpu.h
+#define EP_TEST_BACKEND MEP_BACKEND_CUDA
+#endif
+
 namespace ep::test {
 namespace {
 
@@ -32,8 +36,8 @@ void fail_on_warning(void *, int32_t, const char *message) {
 void take_device(int rank) {
     mep_backend_info_t info{};
     info.struct_size = sizeof info;
-    mep_backend_query(MEP_BACKEND_CUDA, &info);
-    if (info.available == 0) skip_rank(std::string("no CUDA device here: ") + info.reason);
+    mep_backend_query(EP_TEST_BACKEND, &info);
+    if (info.available == 0) skip_rank(std::string("no device here: ") + info.reason);
     device = rank % info.device_count;
     must(cudaSetDevice(device), "cudaSetDevice");
     must(cudaStreamCreateWithFlags(&own_stream, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -51,7 +55,7 @@ mep_device_t tensor_device() {
 }
 
 void choose_device(mep_group_config_t *config) {
-    config->backend = MEP_BACKEND_CUDA;
+    config->backend = EP_TEST_BACKEND;
     config->device_id = device;
 }
 

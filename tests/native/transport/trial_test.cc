@@ -46,6 +46,8 @@ class FaultyDevice : public Device {
     }
     Access access(const DeviceUuid &) const override { return Access::kSame; }
     void *set_up_stream() const override { return nullptr; }
+    std::string pci_address() const override { return ""; }
+    const char *no_quant_reason() const override { return ""; }
     bool reaches(mep_device_t device) const override { return device_->reaches(device); }
     bool is_synchronous() const override { return true; }
     DeviceUuid uuid() const override { return {}; }

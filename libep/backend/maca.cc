@@ -1,0 +1,113 @@
+// The MACA backend, compiled by MetaX's mxcc. One translation unit holds all of its device code, so
+// that no linking of device code is needed. Names of the runtime are only those that sources of
+// others who run on this hardware use too: tests/maca/maca_api.txt.
+#define EP_DEVICE_MACA
+#include "kernels/table.h"
+
+#include <chrono>
+#include <cstring>
+
+#define EP_GPU(name) mc##name
+#define EP_GPU_PROPERTIES mcDeviceProp_t
+#if defined(EP_MC_SHIM)  // a stand-in for tests never passes for the runtime
+#define EP_GPU_NAME "maca (" EP_MC_SHIM ")"
+#else
+#define EP_GPU_NAME "maca"
+#endif
+#include "backend/gpu.inl"
+
+namespace ep {
+namespace {
+
+Kernels gpu_kernels() {
+    return maca::kernels();
+}
+
+// ---- The clock ----------------------------------------------------------------------------------
+
+struct Stretch {
+    uint64_t ticks, ns;
+};
+
+// How long the device takes for so many looks at its clock, by that clock and by the host's. The
+// shortest of some tries: what else is done by the device only makes it longer.
+mep_status_t time_looks(mcStream_t stream, int looks, uint64_t *device_ticks, Stretch *shortest) {
+    using Clock = std::chrono::steady_clock;
+    constexpr int kTries = 3;
+    *shortest = {0, ~uint64_t{0}};
+    for (int i = 0; i < kTries; ++i) {
+        Stretch stretch{};
+        const auto began = Clock::now();
+        maca::measure_clock<<<1, 1, 0, stream>>>(looks, device_ticks);
+        EP_TRY_GPU(StreamSynchronize(stream));
+        stretch.ns = std::chrono::nanoseconds(Clock::now() - began).count();
+        EP_TRY_GPU(MemcpyAsync(&stretch.ticks, device_ticks, sizeof stretch.ticks,
+                               mcMemcpyDeviceToHost, stream));
+        EP_TRY_GPU(StreamSynchronize(stream));
+        if (stretch.ns < shortest->ns) *shortest = stretch;
+    }
+    return MEP_OK;
+}
+
+// Tells the kernels how long a tick of their clock takes. The difference of two stretches, as each
+// has the time of a launch in it.
+mep_status_t set_clock(mcStream_t stream, uint64_t *device_ticks) {
+    constexpr int kFewLooks = 1 << 10, kManyLooks = 1 << 18;
+    Stretch few, many;
+    EP_TRY(time_looks(stream, kFewLooks, device_ticks, &few));
+    EP_TRY(time_looks(stream, kManyLooks, device_ticks, &many));
+    if (many.ticks <= few.ticks || many.ns <= few.ns)
+        return fail(MEP_DEVICE_ERROR, "the device's clock does not go on, so waits cannot end");
+    const double ns_of_tick =
+        static_cast<double>(many.ns - few.ns) / static_cast<double>(many.ticks - few.ticks);
+    const auto scaled = static_cast<uint64_t>(ns_of_tick * (uint64_t{1} << maca::kTickBits));
+    maca::set_tick<<<1, 1, 0, stream>>>(scaled);
+    return gpu_status(mcGetLastError(), "setting the clock");
+}
+
+mep_status_t load_gpu_kernels(mcStream_t stream) {
+    EP_TRY(gpu_status(static_cast<mcError_t>(maca::load_kernels()), "loading the kernels"));
+    void *device_ticks = nullptr;
+    EP_TRY_GPU(Malloc(&device_ticks, sizeof(uint64_t)));
+    const DeviceMemory memory(device_ticks, free_device);
+    EP_TRY(set_clock(stream, static_cast<uint64_t *>(device_ticks)));
+    return gpu_status(mcStreamSynchronize(stream), "loading the kernels");
+}
+
+// ---- Other differences --------------------------------------------------------------------------
+
+// Fine-grained: of other memory a cache may keep what peers have written over.
+mep_status_t allocate_window(void **data, size_t bytes) {
+    return gpu_status(mcExtMallocWithFlags(data, bytes, mcDeviceMallocFinegrained),
+                      "allocating a window");
+}
+
+// There is none, but a place on the bus, which a process sees whatever devices it is given.
+DeviceUuid uuid_of(const mcDeviceProp_t &properties) {
+    const int32_t place[] = {properties.pciDomainID, properties.pciBusID, properties.pciDeviceID};
+    DeviceUuid uuid{{'m', 'a', 'c', 'a'}};
+    constexpr size_t kPrefix = 4;
+    static_assert(kPrefix + sizeof place == sizeof uuid, "a UUID has 16 bytes");
+    std::memcpy(uuid.bytes + kPrefix, place, sizeof place);
+    return uuid;
+}
+
+bool lines_arrive_whole(int, int) {
+    return false;
+}
+
+const char *no_quant_reason() {
+#if defined(EP_MACA_FP8)
+    return "";
+#else
+    return "this build of the MACA backend casts nothing to FP8; CMake's MEP_MACA_FP8=ON makes one "
+           "that does, by arithmetic";
+#endif
+}
+
+}  // namespace
+
+const Backend kMacaBackend{MEP_BACKEND_MACA, EP_GPU_NAME, device_count, unavailable_reason,
+                           create_device};
+
+}  // namespace ep
