@@ -12,7 +12,6 @@ namespace ep {
 mep_status_t local_facts(const Device &device, int32_t backend, RankFacts *facts) {
     *facts = {};
     facts->backend = backend;
-    facts->physical = -1;
     std::memcpy(facts->device, device.uuid().bytes, sizeof facts->device);
     // Differs between hosts and between two boots of one; the same in all containers of a host.
     constexpr const char *kBootId = "/proc/sys/kernel/random/boot_id";
