@@ -1,35 +1,156 @@
-// The library with the MACA backend's host half, over a runtime without devices.
+// The library with the MACA backend's host half, over a runtime that does nothing but take note.
 #include "mooncake_ep.h"
+
+#include "runtime.h"
 
 #include <gtest/gtest.h>
 #include <string>
+#include <vector>
 
 namespace {
 
-TEST(MacaHost, SaysThatItIsAShim) {
+using mc_shim::Launch;
+using mc_shim::runtime;
+
+// One rank on the backend, if it can be had.
+class Rank {
+  public:
+    Rank() {
+        EXPECT_EQ(mep_world_create(1, &world_), MEP_OK);
+        mep_group_config_t config{};
+        config.struct_size = sizeof config;
+        config.rank_count = 1;
+        config.backend = MEP_BACKEND_MACA;
+        config.world = world_;
+        status = mep_group_create(&config, &group_);
+        if (status != MEP_OK) return;
+        mep_buffer_config_t shape{};
+        shape.struct_size = sizeof shape;
+        shape.token_count_max = kTokens;
+        shape.hidden = kHidden;
+        shape.expert_count = kExperts;
+        shape.topk_max = 1;
+        shape.payload_types = MEP_PAYLOAD_BF16 | MEP_PAYLOAD_FP8;
+        EXPECT_EQ(mep_buffer_create(group_, &shape, &buffer), MEP_OK) << mep_last_error();
+        EXPECT_EQ(mep_handle_create(buffer, &handle), MEP_OK) << mep_last_error();
+    }
+    Rank(const Rank &) = delete;
+    Rank &operator=(const Rank &) = delete;
+    ~Rank() {
+        mep_handle_destroy(handle);
+        mep_buffer_destroy(buffer);
+        mep_group_destroy(group_);
+        mep_world_destroy(world_);
+    }
+    mep_status_t dispatch(uint32_t quant) const;
+
+    mep_status_t status = MEP_OK;
+    mep_buffer_t *buffer = nullptr;
+    mep_handle_t *handle = nullptr;
+
+  private:
+    static constexpr int64_t kTokens = 4, kHidden = 128, kExperts = 2;
+    mep_world_t *world_ = nullptr;
+    mep_group_t *group_ = nullptr;
+};
+
+// Arrays that no kernel touches.
+struct Array {
+    alignas(64) static inline char data[1 << 16];
+    std::vector<int64_t> shape;
+    mep_tensor_t tensor{};
+
+    Array(int code, int bits, std::vector<int64_t> extents) : shape(std::move(extents)) {
+        tensor.data = data;
+        tensor.device = {MEP_DEVICE_CUDA, 0};
+        tensor.ndim = static_cast<int32_t>(shape.size());
+        tensor.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
+        tensor.shape = shape.data();
+    }
+};
+
+mep_status_t Rank::dispatch(uint32_t quant) const {
+    const bool cast = quant != MEP_QUANT_NONE;
+    const Array x(MEP_TYPE_BFLOAT, 16, {kTokens, kHidden}), idx(MEP_TYPE_INT, 32, {kTokens, 1}),
+        out(cast ? MEP_TYPE_FLOAT8_E4M3FN : MEP_TYPE_BFLOAT, cast ? 8 : 16,
+            {kExperts, kTokens, kHidden}),
+        scales(MEP_TYPE_FLOAT, 32, {kExperts, kTokens, 1}), count(MEP_TYPE_INT, 32, {kExperts});
+    mep_dispatch_args_t args{};
+    args.struct_size = sizeof args;
+    args.x = &x.tensor;
+    args.topk_idx = &idx.tensor;
+    args.out_x = &out.tensor;
+    args.out_scales = cast ? &scales.tensor : nullptr;
+    args.out_count = &count.tensor;
+    args.quant = quant;
+    return mep_dispatch(buffer, handle, &args);
+}
+
+class MacaHost : public testing::Test {
+  protected:
+    void SetUp() override { runtime() = {}; }
+};
+
+TEST_F(MacaHost, SaysThatItIsAShim) {
     mep_backend_info_t info{};
     info.struct_size = sizeof info;
     ASSERT_EQ(mep_backend_query(MEP_BACKEND_MACA, &info), MEP_OK);
     EXPECT_STREQ(info.name, "maca (shim without a runtime)");
     EXPECT_EQ(info.available, 0);
-    EXPECT_EQ(info.device_count, 0);
     EXPECT_STREQ(info.reason, "the shim has no devices");
 }
 
-TEST(MacaHost, RefusesAGroupWithoutADevice) {
-    mep_world_t *world = nullptr;
-    ASSERT_EQ(mep_world_create(1, &world), MEP_OK);
-    mep_group_config_t config{};
-    config.struct_size = sizeof config;
-    config.rank_count = 1;
-    config.backend = MEP_BACKEND_MACA;
-    config.world = world;
-    mep_group_t *group = nullptr;
-    EXPECT_EQ(mep_group_create(&config, &group), MEP_UNSUPPORTED);
-    EXPECT_EQ(group, nullptr);
-    EXPECT_NE(std::string(mep_last_error()).find("the shim has no devices"), std::string::npos)
+TEST_F(MacaHost, RefusesAGroupWithoutADevice) {
+    const Rank rank;
+    EXPECT_EQ(rank.status, MEP_UNSUPPORTED);
+    EXPECT_NE(std::string(mep_last_error()).find("the shim has no devices"), std::string::npos);
+}
+
+// The clock is set once in a process. ctest gives each test one; else this test has to come before
+// those with a clock that goes, and the next is the first of them.
+TEST_F(MacaHost, RefusesADeviceWhoseClockStands) {
+    runtime().device_count = 1;
+    runtime().clock_goes = false;
+    const Rank rank;
+    EXPECT_EQ(rank.status, MEP_DEVICE_ERROR);
+    EXPECT_NE(std::string(mep_last_error()).find("clock"), std::string::npos) << mep_last_error();
+}
+
+TEST_F(MacaHost, MeasuresTheClockOnce) {
+    runtime().device_count = 1;
+    const Rank rank, again;
+    ASSERT_EQ(rank.status, MEP_OK) << mep_last_error();
+    ASSERT_EQ(again.status, MEP_OK) << mep_last_error();
+    EXPECT_EQ(runtime().set_ticks, 1);
+    const double ns = static_cast<double>(runtime().tick) / (1 << 20);
+    EXPECT_NEAR(ns, mc_shim::kTickNs, mc_shim::kTickNs / 2.0);
+}
+
+TEST_F(MacaHost, SendsAndReceivesInTwoLaunchesFromFineGrainedMemory) {
+    runtime().device_count = 1;
+    const Rank rank;
+    ASSERT_EQ(rank.status, MEP_OK) << mep_last_error();
+    constexpr unsigned kFinegrained = 1;
+    EXPECT_EQ(runtime().flags, std::vector<unsigned>{kFinegrained});
+    runtime().launches.clear();
+    ASSERT_EQ(rank.dispatch(MEP_QUANT_NONE), MEP_OK) << mep_last_error();
+    ASSERT_EQ(runtime().launches.size(), 2u);
+    for (const Launch &launch : runtime().launches) {
+        EXPECT_NE(launch.kernel.find("dispatch_kernel"), std::string::npos) << launch.kernel;
+        EXPECT_EQ(launch.blocks, unsigned{mc_shim::kBlocks});
+        EXPECT_EQ(launch.threads % 64, 0u) << "whole waves";
+    }
+}
+
+TEST_F(MacaHost, CastsNothingToFp8UnlessBuiltTo) {
+    runtime().device_count = 1;
+    const Rank rank;
+    ASSERT_EQ(rank.status, MEP_OK) << mep_last_error();
+    runtime().launches.clear();
+    EXPECT_EQ(rank.dispatch(MEP_QUANT_FP8), MEP_UNSUPPORTED);
+    EXPECT_NE(std::string(mep_last_error()).find("MEP_MACA_FP8"), std::string::npos)
         << mep_last_error();
-    mep_world_destroy(world);
+    EXPECT_TRUE(runtime().launches.empty());
 }
 
 }  // namespace

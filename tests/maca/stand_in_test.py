@@ -1,8 +1,9 @@
 """Compile the MACA backend with clang as for a GPU that is like MetaX's.
 
-python stand_in_test.py CLANG ROOT kernels|asm
+python stand_in_test.py CLANG ROOT kernels|asm|sdk
   kernels  every kernel is for waves of 64 lanes, and within what a thread and a block may have
   asm      assembly of another vendor in the same file is an error, as it is for mxcc
+  sdk      no shim can be used where the SDK is on the include path too
 
 It exits with 77, a skip, if there is no CLANG. Nothing that is compiled here is run.
 """
@@ -96,6 +97,25 @@ def check_asm(clang: str, root: Path) -> int:
     return 0 if result.returncode == 0 and object_file.returncode != 0 and of_asm else 1
 
 
+def check_sdk(clang: str, root: Path) -> int:
+    """Check that each shim refuses to hide a file of its name."""
+    refusals = 0
+    for shim in ("stand_in", "over_cuda"):
+        with tempfile.TemporaryDirectory() as folder:
+            header = Path(folder) / "mcr/mc_runtime.h"
+            header.parent.mkdir()
+            header.touch()
+            includes = [f"-I{root / 'tests/maca/shim' / shim}", f"-I{folder}"]
+            command = [clang, "-x", "c++", "-E", "-", *includes]
+            text = "#include <mcr/mc_runtime.h>\n"
+            result = subprocess.run(command, input=text, capture_output=True, text=True)
+        print(result.stderr)
+        refusals += (
+            result.returncode != 0 and "The MetaX SDK is on the include path" in result.stderr
+        )
+    return 0 if refusals == 2 else 1
+
+
 def main(clang: str, root: Path, what: str) -> int:
     """Run one of the checks."""
     try:
@@ -103,7 +123,8 @@ def main(clang: str, root: Path, what: str) -> int:
     except (OSError, subprocess.CalledProcessError):
         print(f"SKIPPED: no {clang}")
         return SKIPPED
-    return {"kernels": check_kernels, "asm": check_asm}[what](clang, root)
+    checks = {"kernels": check_kernels, "asm": check_asm, "sdk": check_sdk}
+    return checks[what](clang, root)
 
 
 if __name__ == "__main__":

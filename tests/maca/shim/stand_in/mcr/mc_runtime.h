@@ -2,7 +2,7 @@
 //
 // What libep says to the MACA runtime, as declarations, so that it can be compiled where there is
 // no SDK: its kernels and its host half by clang as for another GPU with waves of 64 lanes
-// (dialect.h), and linked with stubs.cc. Names, parameters and their sources:
+// (dialect.h), and linked with runtime.cc. Names, parameters and their sources:
 // ../../../maca_api.txt. Sizes of structs and values of flags are made up, but for the numbers of
 // errors.
 #pragma once
@@ -20,6 +20,10 @@
 
 #if defined(__HIP__)
 #include "../dialect.h"
+#else  // for runtime.cc
+struct dim3 {
+    unsigned x, y, z;
+};
 #endif
 
 extern "C" {
@@ -27,6 +31,7 @@ extern "C" {
 typedef enum mcError_t {
     mcSuccess = 0,
     mcErrorMemoryAllocation = 2,
+    mcErrorInvalidDeviceFunction = 98,
     mcErrorNoDevice = 100,
     mcErrorPeerAccessAlreadyEnabled = 704,
 } mcError_t;

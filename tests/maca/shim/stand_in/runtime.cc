@@ -1,0 +1,188 @@
+// A shim for tests: not the MetaX SDK; names from public sources. See runtime.h.
+#include "runtime.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mcr/mc_runtime.h>
+
+namespace mc_shim {
+
+Runtime &runtime() {
+    static Runtime instance;
+    return instance;
+}
+
+namespace {
+
+std::map<const void *, std::string> &kernels() {
+    static std::map<const void *, std::string> instance;
+    return instance;
+}
+
+struct Configuration {
+    dim3 grid, block;
+    size_t shared;
+    mcStream_t stream;
+};
+Configuration configuration;
+
+bool is(const std::string &kernel, const char *name) {
+    return kernel.find(name) != std::string::npos;
+}
+
+// Takes as long as a clock with ticks of kTickNs would say.
+void measure_clock(int looks, uint64_t *ticks) {
+    using Clock = std::chrono::steady_clock;
+    const auto end = Clock::now() + std::chrono::nanoseconds(int64_t{looks} * kTickNs);
+    while (Clock::now() < end) {
+    }
+    *ticks = runtime().clock_goes ? looks : 0;
+}
+
+}  // namespace
+}  // namespace mc_shim
+
+using mc_shim::configuration;
+using mc_shim::kernels;
+using mc_shim::runtime;
+
+extern "C" {
+
+const char *mcGetErrorName(mcError_t error) {
+    return error == mcErrorNoDevice ? "mcErrorNoDevice" : "another error";
+}
+const char *mcGetErrorString(mcError_t error) {
+    return error == mcErrorNoDevice ? "the shim has no devices" : "an error of the shim";
+}
+mcError_t mcGetLastError() {
+    return mcSuccess;
+}
+
+// ---- Devices ------------------------------------------------------------------------------------
+
+mcError_t mcGetDeviceCount(int *count) {
+    *count = runtime().device_count;
+    return *count > 0 ? mcSuccess : mcErrorNoDevice;
+}
+mcError_t mcGetDevice(int *device) {
+    *device = 0;
+    return mcSuccess;
+}
+mcError_t mcSetDevice(int) {
+    return mcSuccess;
+}
+mcError_t mcDeviceSynchronize() {
+    return mcSuccess;
+}
+mcError_t mcGetDeviceProperties(mcDeviceProp_t *properties, int device) {
+    *properties = {};
+    properties->multiProcessorCount = mc_shim::kBlocks;
+    properties->pciBusID = device;
+    return mcSuccess;
+}
+mcError_t mcDeviceCanAccessPeer(int *can, int, int) {
+    *can = 1;
+    return mcSuccess;
+}
+mcError_t mcDeviceGetPCIBusId(char *address, int bytes, int device) {
+    std::snprintf(address, bytes, "0000:%02X:00.0", device);
+    return mcSuccess;
+}
+mcError_t mcDeviceEnablePeerAccess(int, unsigned) {
+    return mcSuccess;
+}
+mcError_t mcStreamCreateWithFlags(mcStream_t *stream, unsigned) {
+    static char one;
+    *stream = reinterpret_cast<mcStream_t>(&one);
+    return mcSuccess;
+}
+mcError_t mcStreamDestroy(mcStream_t) {
+    return mcSuccess;
+}
+mcError_t mcStreamSynchronize(mcStream_t) {
+    return mcSuccess;
+}
+
+// ---- Memory -------------------------------------------------------------------------------------
+
+mcError_t mcMalloc(void **data, size_t bytes) {
+    constexpr size_t kAlignment = 256;
+    *data = aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+    return *data == nullptr ? mcErrorMemoryAllocation : mcSuccess;
+}
+mcError_t mcExtMallocWithFlags(void **data, size_t bytes, unsigned flags) {
+    runtime().flags.push_back(flags);
+    return mcMalloc(data, bytes);
+}
+mcError_t mcFree(void *data) {
+    free(data);
+    return mcSuccess;
+}
+mcError_t mcMemsetAsync(void *data, int value, size_t bytes, mcStream_t) {
+    std::memset(data, value, bytes);
+    return mcSuccess;
+}
+mcError_t mcMemcpy(void *to, const void *from, size_t bytes, mcMemcpyKind) {
+    std::memcpy(to, from, bytes);
+    return mcSuccess;
+}
+mcError_t mcMemcpyAsync(void *to, const void *from, size_t bytes, mcMemcpyKind kind, mcStream_t) {
+    return mcMemcpy(to, from, bytes, kind);
+}
+mcError_t mcIpcGetMemHandle(mcIpcMemHandle_t *handle, void *) {
+    *handle = {};
+    return mcSuccess;
+}
+mcError_t mcIpcOpenMemHandle(void **, mcIpcMemHandle_t, unsigned) {
+    return mcErrorNoDevice;  // there is one process
+}
+mcError_t mcIpcCloseMemHandle(void *) {
+    return mcSuccess;
+}
+
+// ---- Kernels: what clang's host code calls ------------------------------------------------------
+
+mcError_t mcFuncGetAttributes(mcFuncAttributes *, const void *function) {
+    return kernels().count(function) != 0 ? mcSuccess : mcErrorInvalidDeviceFunction;
+}
+
+char __hip_fatbin_;
+void *__hip_gpubin_handle_;
+void **__hipRegisterFatBinary(const void *) {
+    static void *module;
+    return &module;
+}
+void __hipUnregisterFatBinary(void **) {}
+void __hipRegisterFunction(void **, const void *function, char *, const char *name, unsigned,
+                           void *, void *, void *, void *, int *) {
+    kernels()[function] = name;
+}
+void __hipRegisterVar(void **, void *, char *, const char *, int, size_t, int, int) {}
+
+int __hipPushCallConfiguration(dim3 grid, dim3 block, size_t shared, mcStream_t stream) {
+    configuration = {grid, block, shared, stream};
+    return 0;
+}
+int __hipPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, mcStream_t *stream) {
+    *grid = configuration.grid;
+    *block = configuration.block;
+    *shared = configuration.shared;
+    *stream = configuration.stream;
+    return 0;
+}
+int hipLaunchKernel(const void *function, dim3 grid, dim3 block, void **args, size_t, mcStream_t) {
+    const std::string &kernel = kernels().at(function);
+    runtime().launches.push_back({kernel, grid.x, block.x});
+    if (mc_shim::is(kernel, "measure_clock"))
+        mc_shim::measure_clock(*static_cast<int *>(args[0]), *static_cast<uint64_t **>(args[1]));
+    if (mc_shim::is(kernel, "set_tick")) {
+        runtime().tick = *static_cast<uint64_t *>(args[0]);
+        ++runtime().set_ticks;
+    }
+    return mcSuccess;
+}
+
+}  // extern "C"

@@ -1,0 +1,30 @@
+// A shim for tests: not the MetaX SDK; names from public sources.
+//
+// What the host half of the MACA backend has asked of runtime.cc, which does nothing but take note:
+// memory is the host's, and no kernel does anything, but for those of the clock.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace mc_shim {
+
+struct Launch {
+    std::string kernel;  // mangled
+    unsigned blocks, threads;
+};
+
+struct Runtime {
+    int device_count = 0;
+    bool clock_goes = true;
+    std::vector<Launch> launches;
+    std::vector<unsigned> flags;  // of each mcExtMallocWithFlags
+    int set_ticks = 0;            // how often the clock was set
+    uint64_t tick = 0;            // as it was set last
+};
+Runtime &runtime();
+
+constexpr int kBlocks = 104, kTickNs = 10;
+
+}  // namespace mc_shim
