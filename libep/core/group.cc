@@ -135,6 +135,7 @@ mep_status_t Group::try_transports(GroupFacts *facts) {
     EP_TRY(agree(trial.knock(handles, peers)));
     std::vector<Trial> sent;
     EP_TRY(gather_rows(trial.sent(), &sent));
+    trial.seal();
     for (int peer = 0; peer < ranks; ++peer)
         peers[peer] = sent[size_t(peer) * ranks + rank()] == Trial::kArrived;
     std::vector<uint8_t> heard, heard_by_all;

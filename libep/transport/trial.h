@@ -21,6 +21,11 @@ class PeerTrial {
     // error only if the device fails; a window that cannot be mapped is a result.
     mep_status_t knock(const std::vector<WindowHandle> &handles, const std::vector<bool> &wanted);
 
+    // To be called when all ranks have knocked: nobody maps this rank's window any more.
+    void seal() {
+        if (window_ != nullptr) window_->seal();
+    }
+
     // What became of this rank's own steps: [to], kArrived where only the peer can tell.
     const std::vector<Trial> &sent() const { return sent_; }
 
