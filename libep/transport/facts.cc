@@ -123,7 +123,8 @@ int count_unreachable(const GroupFacts &facts, std::string *text) {
             *text = "ranks " + std::to_string(one) + " and " + std::to_string(other) +
                     " cannot reach each other: " + choice.reason;
         }
-    if (count > 1) *text += "; so are " + std::to_string(count - 1) + " more pairs";
+    if (count > 1)
+        *text += "; nor can " + std::to_string(count - 1) + " more pair" + (count == 2 ? "" : "s");
     return count;
 }
 

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <csignal>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -30,6 +31,18 @@ class Processes : public Tidy {
     // signal was to end are in `killed`.
     template <class Body>
     void run(int rank_count, Body body, const std::vector<int> &killed = {}) {
+        fork_ranks(
+            rank_count,
+            [&](const mep_group_config_t &config) {
+                const Group group = make_group(config);
+                body(config.rank, group);
+            },
+            killed);
+    }
+
+    // The same with body(config), which may create the group.
+    template <class Body>
+    void fork_ranks(int rank_count, Body body, const std::vector<int> &killed = {}) {
         mep_unique_id_t id;
         ASSERT_EQ(mep_unique_id_create(nullptr, &id), MEP_OK) << mep_last_error();
         std::vector<pid_t> children;
@@ -38,13 +51,13 @@ class Processes : public Tidy {
             ASSERT_GE(child, 0);
             if (child == 0) {
                 alarm(kAlarmSeconds);
-                join(id, rank, rank_count, body);
+                body(config_of(id, rank, rank_count));
                 fflush(nullptr);
                 _exit(HasFailure() ? 1 : 0);
             }
             children.push_back(child);
         }
-        join(id, 0, rank_count, body);
+        body(config_of(id, 0, rank_count));
         for (int rank = 1; rank < rank_count; ++rank) {
             int status = 0;
             EXPECT_EQ(waitpid(children[rank - 1], &status, 0), children[rank - 1]);
@@ -58,12 +71,10 @@ class Processes : public Tidy {
     }
 
   private:
-    template <class Body>
-    void join(const mep_unique_id_t &id, int rank, int rank_count, Body body) {
+    static mep_group_config_t config_of(const mep_unique_id_t &id, int rank, int rank_count) {
         mep_group_config_t config = group_config(rank, rank_count, nullptr);
         config.unique_id = &id;
-        const Group group = make_group(config);
-        body(rank, group);
+        return config;
     }
 };
 
@@ -91,6 +102,28 @@ TEST_F(Processes, ReachEachOtherThroughSharedMemory) {
         EXPECT_EQ(mep_group_query_transport(group.get(), 1 - rank, &info), MEP_OK);
         EXPECT_EQ(info.kind, MEP_TRANSPORT_SHM);
         EXPECT_STREQ(info.name, "shm");
+    });
+}
+
+// No file may grow in one of them, and so no shared memory.
+TEST_F(Processes, SayTogetherWhoCannotBeReached) {
+    expect_warnings();
+    fork_ranks(3, [](const mep_group_config_t &config) {
+        rlimit before{};
+        getrlimit(RLIMIT_FSIZE, &before);
+        if (config.rank == 1) {
+            signal(SIGXFSZ, SIG_IGN);
+            const rlimit none{0, before.rlim_max};
+            setrlimit(RLIMIT_FSIZE, &none);
+        }
+        mep_group_t *group = nullptr;
+        EXPECT_EQ(mep_group_create(&config, &group), MEP_UNSUPPORTED);
+        setrlimit(RLIMIT_FSIZE, &before);
+        EXPECT_EQ(group, nullptr);
+        EXPECT_STREQ(mep_last_error(),
+                     "ranks 0 and 1 cannot reach each other: rank 1 cannot share its memory; nor "
+                     "can 1 more pair")
+            << "rank " << config.rank;
     });
 }
 

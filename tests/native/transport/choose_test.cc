@@ -72,7 +72,7 @@ TEST(Choice, FollowsWhereRanksAre) {
     EXPECT_EQ(
         cpus.unreachable(),
         "ranks 0 and 3 cannot reach each other: they are on different hosts, and this version "
-        "moves rows only inside one; so are 2 more pairs");
+        "moves rows only inside one; nor can 2 more pairs");
     const Group gpus(MEP_BACKEND_CUDA, {{0, 1, 0}, {0, 1, 1}, {0, 2, 2}});
     EXPECT_EQ(choose_transport(gpus.facts, 0, 1).kind, MEP_TRANSPORT_THREAD);
     EXPECT_EQ(choose_transport(gpus.facts, 0, 2).kind, MEP_TRANSPORT_IPC);
@@ -92,7 +92,7 @@ TEST(Choice, KeepsToIslands) {
                       one / 4 == other / 4 ? MEP_TRANSPORT_IPC : 0);
     EXPECT_EQ(group.unreachable(),
               "ranks 0 and 4 cannot reach each other: the device of rank 0 has no peer access to "
-              "that of rank 4; so are 15 more pairs");
+              "that of rank 4; nor can 15 more pairs");
     expect_one_answer(group.facts);
 }
 
