@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-SOURCES = ("libep/device/maca.h", "libep/backend/maca.cc")
+SOURCES = ("libep/device/maca.h", "libep/device/gpu_groups.h", "libep/backend/maca.cc")
 SHARED = "libep/backend/gpu.inl"  # names its runtime by EP_GPU(name) and EP_TRY_GPU(Name(...))
 API = "tests/maca/maca_api.txt"
 SHIMS = ("tests/maca/shim/stand_in", "tests/maca/shim/over_cuda")
