@@ -274,7 +274,9 @@ MEP_API void mep_unique_id_destroy(const mep_unique_id_t *id);
 
 /**
  * A meeting point for `rank_count` threads of this process, each of which creates a group from it.
- * Local.
+ * Local. Threads that share a GPU have to let each call end before they queue the next: streams of
+ * a process may share a hardware queue, where one rank's call would wait behind another's that
+ * waits for it. Processes may share a GPU freely.
  */
 MEP_API mep_status_t mep_world_create(int32_t rank_count, mep_world_t **world);
 MEP_API void mep_world_destroy(mep_world_t *world);

@@ -156,13 +156,22 @@ mep_status_t Group::try_transports(GroupFacts *facts) {
 void Group::adopt(const GroupFacts &facts) {
     const RankFacts &mine = facts.ranks[rank()];
     local_rank_count_ = device_sharers_ = 0;
+    int first_sharer = rank();
     for (int peer = 0; peer < rank_count(); ++peer) {
         const RankFacts &theirs = facts.ranks[peer];
         local_rank_count_ += same_host(theirs, mine);
-        device_sharers_ += same_process(theirs, mine) && same_device(theirs, mine);
+        const bool shares = same_process(theirs, mine) && same_device(theirs, mine);
+        device_sharers_ += shares;
+        if (shares && peer < first_sharer) first_sharer = peer;
         delivers_lines_ = delivers_lines_ && device_->delivers_lines(device_of(theirs));
         transports_.push_back(choose_transport(facts, rank(), peer));
     }
+    if (device_->is_synchronous() || device_sharers_ == 1 || rank() != first_sharer) return;
+    log(MEP_LOG_WARNING,
+        "%d ranks are threads of one process and share GPU %d: let each call end before the next "
+        "is queued, or make them processes; a process's streams may share a queue, in which a "
+        "call would wait behind one that waits for it",
+        device_sharers_, device_id_);
 }
 
 template <class Byte>

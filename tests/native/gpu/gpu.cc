@@ -19,6 +19,7 @@ struct Objects {
     mep_buffer_t *buffer = nullptr;
     mep_handle_t *handles[2] = {};
     cudaStream_t stream = nullptr;
+    bool waits_after_calls = false;
 
     Objects() = default;
     Objects(const Objects &) = delete;
@@ -33,6 +34,7 @@ struct Objects {
     bool create(const Problem &p, const Seat &seat, std::string *failure);
     bool barrier(std::string *failure) const;
     bool await(std::string *failure) const;
+    bool after_call(std::string *failure) const { return !waits_after_calls || await(failure); }
     bool count(Results *results, std::string *failure) const;
 };
 
@@ -60,6 +62,7 @@ bool Objects::create(const Problem &p, const Seat &seat, std::string *failure) {
     // A stream that does not wait for the default one, on which other ranks of this GPU copy.
     if (seat.on_gpu()) cudaSetDevice(seat.device);
     if (seat.on_gpu()) cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    waits_after_calls = seat.shares_gpu;
     return ok(mep_group_create(&group_config, &group), "mep_group_create", failure) &&
            ok(mep_buffer_create(group, &config, &buffer), "mep_buffer_create", failure) &&
            ok(mep_handle_create(buffer, &handles[0]), "mep_handle_create", failure) &&
@@ -215,7 +218,8 @@ bool Round::dispatch(const Objects &o, int handle, uint32_t phases, std::string 
     args.out_layout_range = &range.tensor;
     args.quant = p.quant;
     args.stream = o.stream;
-    return ok(mep_dispatch(o.buffer, o.handles[handle], &args), "mep_dispatch", failure);
+    return ok(mep_dispatch(o.buffer, o.handles[handle], &args), "mep_dispatch", failure) &&
+           o.after_call(failure);
 }
 
 bool Round::combine(const Objects &o, int handle, uint32_t phases, std::string *failure) {
@@ -226,7 +230,8 @@ bool Round::combine(const Objects &o, int handle, uint32_t phases, std::string *
     args.topk_weights = p.weights == Weights::kAtCombine ? &weights.tensor : nullptr;
     args.out = &out.tensor;
     args.stream = o.stream;
-    return ok(mep_combine(o.buffer, o.handles[handle], &args), "mep_combine", failure);
+    return ok(mep_combine(o.buffer, o.handles[handle], &args), "mep_combine", failure) &&
+           o.after_call(failure);
 }
 
 bool launch_in_halves(Round &round, const Objects &o, std::string *failure) {

@@ -49,6 +49,8 @@ struct Seat {
     int rank = 0, backend = MEP_BACKEND_CPU, device = 0;
     mep_world_t *world = nullptr;
     const mep_unique_id_t *id = nullptr;
+    // Other threads' ranks are on this GPU: a call has to end before the next is queued.
+    bool shares_gpu = false;
 
     bool on_gpu() const { return backend != MEP_BACKEND_CPU; }
 };

@@ -51,7 +51,8 @@ std::vector<Results> run_threads(const Problem &p, Run run, int backend) {
     const int devices = backend == MEP_BACKEND_CPU ? 1 : device_count();
     for (int rank = 0; rank < p.ranks; ++rank)
         threads.emplace_back([&, rank] {
-            const Seat seat{rank, backend, rank % devices, world, nullptr};
+            const bool shares = backend != MEP_BACKEND_CPU && p.ranks > devices;
+            const Seat seat{rank, backend, rank % devices, world, nullptr, shares};
             results[rank] = run(p, seat, &failures[rank]);
         });
     for (std::thread &thread : threads)
