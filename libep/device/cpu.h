@@ -38,6 +38,7 @@ inline thread_local Place place;
 constexpr int kWarpsOfBlockMax = 1;
 constexpr int kMovingThreads = kWarpsOfBlockMax * kWarpSize, kSummingThreads = kMovingThreads;
 constexpr bool kRolesApart = false;
+constexpr bool kFencesPhases = false;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr int kLineTokenCountMax = 0;

@@ -37,6 +37,7 @@ constexpr int kMovingThreads = 768, kSummingThreads = 512;
 constexpr int kWarpsOfBlockMax = kThreads / kWarpSize;
 
 constexpr bool kRolesApart = true;
+constexpr bool kFencesPhases = false;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr int kLineTokenCountMax = 512;

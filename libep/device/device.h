@@ -56,6 +56,8 @@
 //   kCastsFp8, cast_fp8          whether there is an instruction for that; its bits are Fp8's
 //   kCastsPairs, cast_pair       the same for two floats to bf16 or fp16
 //   kRolesApart                  whether the blocks of a launch run beside each other; see Role
+//   kFencesPhases                whether launches of SEND and RECEIVE are fenced; see
+//                                kernels/fence.h
 //   kSharedExpertCountMax        experts whose counts fit the memory that a block shares
 //   kChoicesCountedByAllMax      choices that each block counts by itself
 //   kLineTokenCountMax           tokens of a buffer whose messages may go by line; 0: none

@@ -39,6 +39,7 @@ constexpr size_t kSharedBytesMax = size_t{64} << 10;
 // is not known that all blocks of a launch run beside each other, and lanes of a wave that wait for
 // each other may do so for ever.
 constexpr bool kRolesApart = false;
+constexpr bool kFencesPhases = true;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr bool kCastsFp8 = false, kCastsPairs = false;  // integer arithmetic, see kernels/cast.h

@@ -1,6 +1,7 @@
 // Where a launch goes, and how: plain types that the host hands to the kernels' launchers.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace ep {
@@ -26,6 +27,10 @@ class Workers {
     // are done.
     virtual void run(Block block, void *context) = 0;
 };
+
+// Whether devices that fence the phases (kernels/fence.h) do so. For tests, which turn it off to
+// see whether a device needs it.
+inline std::atomic<bool> phase_fence{true};
 
 struct Queue {
     void *stream = nullptr;      // native stream of a GPU

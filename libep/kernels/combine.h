@@ -14,6 +14,7 @@
 #include "kernels/cast.h"
 #include "kernels/combine_lines.h"
 #include "kernels/kernels.h"
+#include "kernels/phases.h"
 #include "kernels/routing.h"
 #include "kernels/sm90/bulk_sums.h"
 #include "kernels/sums.h"

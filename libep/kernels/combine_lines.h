@@ -7,6 +7,7 @@
 #include "kernels/cast.h"
 #include "kernels/kernels.h"
 #include "kernels/lines.h"
+#include "kernels/phases.h"
 #include "kernels/routing.h"
 #include "kernels/terms.h"
 

@@ -17,6 +17,7 @@
 #include "kernels/count.h"
 #include "kernels/dispatch_lines.h"
 #include "kernels/kernels.h"
+#include "kernels/phases.h"
 #include "kernels/place.h"
 #include "kernels/routing.h"
 #include "kernels/rows.h"

@@ -10,6 +10,10 @@
 //   weights   [box][token]  Signal, then a float per entry of the token's dispatch message
 //   partials  [box][token]  Signal, then the row
 //
+// and behind all slots
+//
+//   fences    [operation][source]  the epoch that the source has sent whole (kernels/fence.h)
+//
 // A box is a source other than the owner: a rank's own tokens never pass through its window.
 //
 // A message is carried in one of two ways, the same for all of a window:
@@ -44,6 +48,7 @@ struct Layout {
     static constexpr size_t kLineBytes = 128;  // of NVLink, L2 and two CPU cache lines
     static constexpr size_t kPieceBytes = 16;  // what a lane moves at once
     static constexpr int kPiecesOfLine = 7;    // of a line that carries its own Signal
+    static constexpr int kOperations = 2;      // dispatch, combine
 
     Shape shape;
     int local_expert_count;
@@ -51,7 +56,7 @@ struct Layout {
     // Offsets: of each region in a slot, of the combine slots, and the end.
     size_t counts, messages, dispatch_slot_bytes;
     size_t arrivals, weights, partials, combine_slot_bytes;
-    size_t combine_slots, bytes;
+    size_t combine_slots, fences, bytes;
 
     static constexpr size_t lines(size_t bytes) {
         return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
@@ -92,7 +97,8 @@ struct Layout {
         l.weights = carve(&l.combine_slot_bytes, l.weight_bytes * boxed);
         l.partials = carve(&l.combine_slot_bytes, l.partial_bytes * boxed);
         l.combine_slots = l.dispatch_slot_bytes * l.shape.slot_count;
-        l.bytes = l.combine_slots + l.combine_slot_bytes * l.shape.slot_count;
+        l.fences = l.combine_slots + l.combine_slot_bytes * l.shape.slot_count;
+        l.bytes = l.fences + lines(sizeof(uint64_t) * kOperations * shape.rank_count);
         return l;
     }
 
@@ -121,6 +127,10 @@ struct Layout {
                                  int token) const {
         return combine_slot(window, epoch) + partials +
                index_in_boxes(owner, source, token) * partial_bytes;
+    }
+
+    EP_HOST_DEVICE uint64_t *fence(char *window, int operation, int source) const {
+        return word(window + fences) + operation * shape.rank_count + source;
     }
 
     // Inside a message, a weight or a partial; all but the payload and the weight only by flag.

@@ -1,6 +1,7 @@
 // A GPU against the CPU, bit for bit: ranks as threads and as processes, also several on one GPU.
 #include "gpu/gpu.h"
 
+#include "device/queue.h"
 #include "support/forked.h"
 
 #include <cstdlib>
@@ -170,6 +171,21 @@ TEST(CudaProcesses, GiveTheBitsOfTheCpu) {
             expect_same_bits_in_processes(p);
         }
     });
+}
+
+// Fails on a device that needs it (kernels/fence.h).
+TEST(CudaProcesses, GiveTheBitsOfTheCpuWithoutAFenceBetweenThePhases) {
+    if (EP_TEST_BACKEND != MEP_BACKEND_MACA) GTEST_SKIP() << "there is none on CUDA";
+    ep::phase_fence = false;
+    for (const int ranks : {2, 4}) {
+        if (IsSkipped()) break;
+        Problem p;
+        p.ranks = ranks;
+        p.rounds = 12;
+        SCOPED_TRACE(std::to_string(ranks) + " ranks");
+        expect_same_bits_in_processes(p);
+    }
+    ep::phase_fence = true;
 }
 
 TEST(CudaProcesses, HaveTwoDispatchesInFlight) {

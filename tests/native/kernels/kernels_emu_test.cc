@@ -150,6 +150,76 @@ TEST(EmuKernels, GoOnWithoutARankThatNeverStartsByLine) {
     expect_survivors_go_on(rig, 1, 1300);
 }
 
+// ---- The fence between SEND and RECEIVE ---------------------------------------------------------
+
+constexpr const char *kWhyNoFence = "such a GPU needs no fence between the phases";
+
+class WithoutFence {
+  public:
+    WithoutFence() { phase_fence = false; }
+    WithoutFence(const WithoutFence &) = delete;
+    WithoutFence &operator=(const WithoutFence &) = delete;
+    ~WithoutFence() { phase_fence = true; }
+};
+
+TEST(EmuKernels, TellTheFenceOnlyBehindSend) {
+    if (!emu::kFencesPhases) GTEST_SKIP() << kWhyNoFence;
+    const Rig rig = small_bf16(Weights::kAtDispatch);
+    Fleet fleet(rig);
+    Round round = fleet.round(1400);
+    const auto told = [&](int operation) {
+        return *fleet.layout().fence(fleet.window(1), operation, 0);
+    };
+    fleet.dispatch_send(round.tasks[0]);
+    EXPECT_EQ(told(0), 1U);
+    EXPECT_EQ(told(1), 0U);
+    fleet.dispatch_send(round.tasks[1]);
+    fleet.run([&](int rank) { fleet.dispatch_receive(round.tasks[rank]); });
+    EXPECT_EQ(told(1), 0U);
+    fleet.combine_send(round.tasks[0]);
+    EXPECT_EQ(told(1), 1U);
+    fleet.combine_send(round.tasks[1]);
+    fleet.run([&](int rank) { fleet.combine_receive(round.tasks[rank]); });
+    expect_right(fleet, round);
+}
+
+// All of a rank's messages are there but not its word.
+void expect_received_without_word(bool fenced, int32_t active_after) {
+    Rig rig = small_bf16(Weights::kAtDispatch);
+    rig.timeout_ns = kShortNs;
+    Fleet fleet(rig);
+    Round round = fleet.round(1410);
+    fleet.dispatch_send(round.tasks[0]);
+    {
+        const WithoutFence without;
+        fleet.dispatch_send(round.tasks[1]);
+        if (!fenced) fleet.dispatch_receive(round.tasks[0]);
+    }
+    if (fenced) fleet.dispatch_receive(round.tasks[0]);
+    EXPECT_EQ(fleet.active(0)[1], active_after);
+    if (active_after != 0) {
+        EXPECT_TRUE(fleet.dispatched(round, 0));
+    }
+}
+
+TEST(EmuKernels, WaitAtTheFenceUntilTheDeadline) {
+    if (!emu::kFencesPhases) GTEST_SKIP() << kWhyNoFence;
+    expect_received_without_word(true, 0);
+    expect_received_without_word(false, 1);
+}
+
+TEST(EmuKernels, WaitAtTheFenceForNoMaskedRank) {
+    if (!emu::kFencesPhases) GTEST_SKIP() << kWhyNoFence;
+    Rig rig = small_bf16(Weights::kAtDispatch);
+    rig.timeout_ns = ep::Round::kNever;
+    Fleet fleet(rig);
+    Round round = fleet.round(1420, {}, {1});
+    fleet.active(0)[1] = 0;
+    fleet.both(round.tasks[0]);
+    expect_right(fleet, round);
+    EXPECT_EQ(*fleet.layout().fence(fleet.window(1), 0, 0), 0U);
+}
+
 TEST(EmuKernels, TakeMoreChoicesThanAWarpHasLanes) {
     if (kWide) GTEST_SKIP() << "a token may not have that many";
     Rig rig = small_bf16(Weights::kAtCombine);

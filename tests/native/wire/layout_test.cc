@@ -42,6 +42,9 @@ std::vector<Range> ranges_of(const Layout &l, int owner) {
                 add(Layout::partial_row(partial), l.shape.partial_bytes_max);
             }
         }
+    for (int operation = 0; operation < Layout::kOperations; ++operation)
+        for (int source = 0; source < l.shape.rank_count; ++source)
+            add(l.fence(base, operation, source), sizeof(uint64_t));
     return ranges;
 }
 
