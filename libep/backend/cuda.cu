@@ -50,6 +50,10 @@ const char *no_quant_reason() {
     return "";
 }
 
+bool closes_in_turn() {
+    return false;
+}
+
 }  // namespace
 
 const Backend kCudaBackend{MEP_BACKEND_CUDA, EP_GPU_NAME, device_count, unavailable_reason,

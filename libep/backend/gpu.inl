@@ -5,6 +5,8 @@
 // and after it the functions that are declared first here.
 #include "backend/backend.h"
 #include "backend/window_table.h"
+#include "base/host_turn.h"
+#include "base/log.h"
 #include "base/status.h"
 
 #include <cctype>
@@ -40,6 +42,9 @@ bool lines_arrive_whole(int device, int peer);
 
 // "" if dispatch casts rows to FP8; else why not.
 const char *no_quant_reason();
+
+// May only one process at a time close what it has mapped of others?
+bool closes_in_turn();
 
 // ---- Errors -------------------------------------------------------------------------------------
 
@@ -102,12 +107,28 @@ class IpcMapping : public Mapping {
     IpcMapping(const IpcMapping &) = delete;
     IpcMapping &operator=(const IpcMapping &) = delete;
     ~IpcMapping() override {
-        const DeviceScope scope(device_);
-        EP_GPU(IpcCloseMemHandle)(data_);
+        if (closes_in_turn())
+            close_in_turn();
+        else
+            close();
     }
     char *data() const override { return static_cast<char *>(data_); }
 
   private:
+    void close_in_turn() const {
+        constexpr int64_t kWaitUs = 5'000'000;
+        const HostTurn turn{Deadline(kWaitUs)};
+        if (turn.has_come())
+            close();
+        else
+            log(MEP_LOG_WARNING,
+                "the memory of a peer stays mapped until this process ends: no turn to close it");
+    }
+    void close() const {
+        const DeviceScope scope(device_);
+        EP_GPU(IpcCloseMemHandle)(data_);
+    }
+
     void *data_;
     int device_;
 };

@@ -1,10 +1,15 @@
 // The library with the MACA backend's host half, over a runtime that does nothing but take note.
 #include "mooncake_ep.h"
 
+#include "backend/backend.h"
+#include "base/host_turn.h"
 #include "runtime.h"
 
+#include <chrono>
 #include <gtest/gtest.h>
+#include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -140,6 +145,37 @@ TEST_F(MacaHost, SendsAndReceivesInTwoLaunchesFromFineGrainedMemory) {
         EXPECT_EQ(launch.blocks, unsigned{mc_shim::kBlocks});
         EXPECT_EQ(launch.threads % 64, 0u) << "whole waves";
     }
+}
+
+// A mapping of another process's window.
+std::shared_ptr<ep::Mapping> map_a_peer() {
+    runtime().device_count = 1;
+    runtime().opens = true;
+    std::shared_ptr<ep::Device> device;
+    EXPECT_EQ(ep::kMacaBackend.create_device(0, &device), MEP_OK) << mep_last_error();
+    std::shared_ptr<ep::Mapping> mapping;
+    EXPECT_EQ(device->open_window(ep::WindowHandle{}, &mapping), MEP_OK) << mep_last_error();
+    return mapping;
+}
+
+TEST_F(MacaHost, ClosesMappingsInTurn) {
+    std::shared_ptr<ep::Mapping> mapping = map_a_peer();
+    std::thread other;
+    {
+        const ep::HostTurn turn{ep::Deadline(ep::kTimeoutNever)};
+        other = std::thread([&] { mapping.reset(); });
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+        EXPECT_EQ(runtime().closed, 0);
+    }
+    other.join();
+    EXPECT_EQ(runtime().closed, 1);
+}
+
+TEST_F(MacaHost, LeavesAMappingToTheEndIfNoTurnComes) {
+    std::shared_ptr<ep::Mapping> mapping = map_a_peer();
+    const ep::HostTurn turn{ep::Deadline(ep::kTimeoutNever)};
+    mapping.reset();
+    EXPECT_EQ(runtime().closed, 0);
 }
 
 TEST_F(MacaHost, CastsNothingToFp8UnlessBuiltTo) {
