@@ -197,9 +197,10 @@ typedef struct mep_tensor {
 typedef struct mep_topology mep_topology_t;
 
 /**
- * Read what Linux tells in the sysfs below `root`; NULL: of this machine. GPUs are in the order of
- * their PCI addresses. No driver is asked, so links other than PCI's are not in it; see
- * mep_topology_apply_smi. A machine without GPUs and NICs is no error. Local.
+ * Read what Linux tells in the sysfs below `root`; NULL: of this machine, and UUIDs from NVIDIA's
+ * management library, if it is there. GPUs are in the order of their PCI addresses. Links other
+ * than PCI's are not in it; see mep_topology_apply_smi. A machine without GPUs and NICs is no error.
+ * Local.
  * Errors: MEP_SYSTEM_ERROR (names the file that cannot be read, or the NIC without a port).
  */
 MEP_API mep_status_t mep_topology_read(const char *root, mep_topology_t **topology);

@@ -392,6 +392,7 @@ mep_status_t mep_topology_read(const char *root, mep_topology_t **topology) {
     EP_TRY(not_null(topology, "topology"));
     ep::Machine machine;
     EP_TRY(machine.read(root == nullptr ? "/" : root));
+    if (root == nullptr) machine.ask_drivers();
     return wrap(std::move(machine), topology);
 }
 

@@ -1,6 +1,7 @@
 // The CUDA backend. The runtime is linked statically and loads the driver when it is first asked,
 // so the library works, without this backend, where there is none.
 #define EP_DEVICE_CUDA
+#include "backend/nvml.h"
 #include "kernels/table.h"
 
 #include <cuda_runtime.h>
@@ -44,6 +45,10 @@ bool lines_arrive_whole(int device, int peer) {
     return cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, device, peer) ==
                cudaSuccess &&
            atomics != 0;
+}
+
+bool reaches_unseen(const DeviceUuid &device, const DeviceUuid &peer) {
+    return Nvml::of_machine().are_nvlinked(device, peer);
 }
 
 const char *no_quant_reason() {

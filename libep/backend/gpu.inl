@@ -37,8 +37,12 @@ mep_status_t allocate_window(void **data, size_t bytes);
 // The same in every process.
 DeviceUuid uuid_of(const GpuProperties &properties);
 
-// Does a line that `device` stores arrive whole at `peer`, another device of this process?
+// Does a line that `device` stores arrive whole at `peer`, another device that this process sees?
 bool lines_arrive_whole(int device, int peer);
+
+// Does a device reach another, which this process does not see, and lines arrive whole? False if
+// that cannot be told.
+bool reaches_unseen(const DeviceUuid &device, const DeviceUuid &peer);
 
 // "" if dispatch casts rows to FP8; else why not.
 const char *no_quant_reason();
@@ -202,7 +206,7 @@ class Gpu : public Device {
     Access access(const DeviceUuid &peer) const override {
         if (std::memcmp(&peer, &uuid_, sizeof uuid_) == 0) return Access::kSame;
         const int device = find_device(peer);
-        if (device < 0) return Access::kUnknown;
+        if (device < 0) return reaches_unseen(uuid_, peer) ? Access::kPeer : Access::kUnknown;
         int reaches = 0;
         return EP_GPU(DeviceCanAccessPeer)(&reaches, device_, device) == kGpuSuccess && reaches != 0
                    ? Access::kPeer
@@ -220,7 +224,7 @@ class Gpu : public Device {
     bool delivers_lines(const DeviceUuid &peer) const override {
         if (std::memcmp(&peer, &uuid_, sizeof uuid_) == 0) return true;
         const int device = find_device(peer);
-        return device >= 0 && lines_arrive_whole(device_, device);
+        return device >= 0 ? lines_arrive_whole(device_, device) : reaches_unseen(uuid_, peer);
     }
     const char *no_quant_reason() const override { return ep::no_quant_reason(); }
 

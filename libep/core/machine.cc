@@ -1,6 +1,8 @@
 #include "core/machine.h"
 
+#include "backend/nvml.h"
 #include "base/status.h"
+#include "topology/pci_path.h"
 #include "topology/select.h"
 #include "topology/smi.h"
 #include "topology/sysfs.h"
@@ -22,6 +24,14 @@ mep_status_t Machine::load(const char *text) {
     EP_TRY(load_topology(text, &topology));
     adopt(std::move(topology));
     return MEP_OK;
+}
+
+void Machine::ask_drivers() {
+    Topology topology = topology_;
+    for (Gpu &gpu : topology.gpus)
+        if (gpu.vendor == Vendor::kNvidia)
+            gpu.uuid = Nvml::of_machine().uuid(std::string(pci_address(gpu.pci_path)));
+    adopt(std::move(topology));
 }
 
 mep_status_t Machine::apply_smi(const char *tool, const char *text) {

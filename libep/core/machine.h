@@ -16,6 +16,9 @@ class Machine {
     mep_status_t read(const std::string &root);
     mep_status_t load(const char *text);
 
+    // Adds what drivers of this machine know: UUIDs.
+    void ask_drivers();
+
     // `tool` is "nvidia-smi" or "mx-smi", `text` what `TOOL topo -m` printed.
     mep_status_t apply_smi(const char *tool, const char *text);
 

@@ -53,7 +53,7 @@ class Topology:
 
     @classmethod
     def read(cls, root: str | os.PathLike[str] | None = None) -> Topology:
-        """Read the sysfs below ``root``; None: of this machine. Drivers are not asked.
+        """Read the sysfs below ``root``; None: of this machine, with UUIDs as drivers know them.
 
         Errors: EpError (names the file that cannot be read, or the NIC without a port).
         """

@@ -33,6 +33,12 @@ inline std::ostream &operator<<(std::ostream &stream, const Machine &machine) {
 inline const std::vector<Machine> kMachines = {
     {"no_gpu", Vendor::kNone, {}, {}, {}, {}},
     {"one_gpu", Vendor::kNvidia, {"X"}, {"X"}, {""}, {"none"}},
+    {"nvlink_2",
+     Vendor::kNvidia,
+     {"X PHB", "PHB X"},
+     {"X NV18", "NV18 X"},
+     {"", ""},
+     {"none", "none"}},
     {"nvlink_8",
      Vendor::kNvidia,
      {"X NODE NODE NODE SYS SYS SYS SYS", "NODE X NODE NODE SYS SYS SYS SYS",

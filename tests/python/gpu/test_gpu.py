@@ -117,6 +117,14 @@ def test_processes_on_gpus_give_the_bits_of_the_cpu() -> None:
     assert run_processes(rounds, 2, "cuda", deadline_s=120) == run_threads(rounds, 2, "cpu")
 
 
+# ---- Topology ------------------------------------------------------------------------------------
+
+
+def test_the_topology_knows_the_uuids_of_the_gpus() -> None:
+    seen = [torch.cuda.get_device_properties(i).uuid for i in range(torch.cuda.device_count())]
+    assert {f"GPU-{uuid}" for uuid in seen} <= {gpu.uuid for gpu in ep.Topology.read().gpus}
+
+
 # ---- Graphs --------------------------------------------------------------------------------------
 
 
