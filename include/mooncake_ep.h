@@ -199,9 +199,9 @@ typedef struct mep_topology mep_topology_t;
 /**
  * Read what Linux tells in the sysfs below `root`; NULL: of this machine, and UUIDs from NVIDIA's
  * management library, if it is there. GPUs are in the order of their PCI addresses. Links other
- * than PCI's are not in it; see mep_topology_apply_smi. A machine without GPUs and NICs is no error.
- * Local.
- * Errors: MEP_SYSTEM_ERROR (names the file that cannot be read, or the NIC without a port).
+ * than PCI's are not in it; see mep_topology_apply_smi. A machine without GPUs and NICs is no
+ * error. Local. Errors: MEP_SYSTEM_ERROR (names the file that cannot be read, or the NIC without a
+ * port).
  */
 MEP_API mep_status_t mep_topology_read(const char *root, mep_topology_t **topology);
 
@@ -321,6 +321,7 @@ typedef struct mep_group_info {
 
 /** How this rank reaches a peer. */
 enum {
+    MEP_TRANSPORT_NONE = 0,   /**< not at all: the group can have no buffers */
     MEP_TRANSPORT_SELF = 1,   /**< the rank itself: nothing leaves it */
     MEP_TRANSPORT_THREAD = 2, /**< a thread of this process: the same memory */
     MEP_TRANSPORT_SHM = 3,    /**< a process of this host: POSIX shared memory */
@@ -330,18 +331,19 @@ enum {
 typedef struct mep_transport_info {
     uint32_t struct_size;
     int32_t kind;       /**< MEP_TRANSPORT_* */
-    const char *name;   /**< "self", "thread", "shm", "ipc" */
+    const char *name;   /**< "none", "self", "thread", "shm", "ipc" */
     const char *reason; /**< why this one, and why not something faster; the group's */
 } mep_transport_info_t;
 
 /**
  * Join a group. Collective, blocking.
- * Before it returns, every rank has stored a word in every peer's memory: a way that does not work
- * shows here, within 10 s, and not in the first dispatch.
- * Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available, ranks that cannot reach
- * each other: which and why, the same on all ranks); MEP_TIMEOUT (names the missing ranks);
- * MEP_MISMATCH (rank_count, backend or library version differ); MEP_BOOTSTRAP_FAILED (wrong secret,
- * rank taken, connection lost, callback failed); MEP_SYSTEM_ERROR.
+ * Before it returns, every rank has stored a word in the memory of every peer that it may reach: a
+ * way that does not work shows here, within 10 s, and not in the first dispatch. Ranks that cannot
+ * reach each other are no error yet; see mep_group_query_transport.
+ * Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available); MEP_TIMEOUT (names the
+ * missing ranks); MEP_MISMATCH (rank_count, backend or library version differ);
+ * MEP_BOOTSTRAP_FAILED (wrong secret, rank taken, connection lost, callback failed);
+ * MEP_SYSTEM_ERROR.
  */
 MEP_API mep_status_t mep_group_create(const mep_group_config_t *config, mep_group_t **group);
 
@@ -456,8 +458,9 @@ MEP_API mep_status_t mep_buffer_query_sizes(const mep_buffer_config_t *config, i
 /**
  * Allocate this rank's window and map the peers'. Collective, blocking: on failure it fails on
  * every rank, and nothing is left behind.
- * Errors: MEP_INVALID_ARGUMENT, MEP_OUT_OF_MEMORY (also a full /dev/shm), MEP_MISMATCH (configs
- * differ), MEP_TIMEOUT, MEP_BOOTSTRAP_FAILED, MEP_SYSTEM_ERROR, MEP_INVALID_STATE (group left).
+ * Errors: MEP_INVALID_ARGUMENT, MEP_UNSUPPORTED (ranks that cannot reach each other: which and why,
+ * the same on all ranks), MEP_OUT_OF_MEMORY (also a full /dev/shm), MEP_MISMATCH (configs differ),
+ * MEP_TIMEOUT, MEP_BOOTSTRAP_FAILED, MEP_SYSTEM_ERROR, MEP_INVALID_STATE (group left).
  */
 MEP_API mep_status_t mep_buffer_create(mep_group_t *group, const mep_buffer_config_t *config,
                                        mep_buffer_t **buffer);

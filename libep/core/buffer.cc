@@ -184,6 +184,7 @@ mep_status_t Buffer::create(std::shared_ptr<Group> group, const mep_buffer_confi
     Group &g = *created->group_;
     // From here on every rank takes every collective step, whatever became of its own.
     mep_status_t status = config_status;
+    if (status == MEP_OK) status = g.all_reachable();
     if (status == MEP_OK) status = BufferShape::of(config, g.rank_count(), &created->shape_);
     EP_TRY(g.agree(status));
     bool lines = false;

@@ -25,13 +25,6 @@ struct Verdict {
     char message[252];
 };
 
-// The same on every rank, as the facts are.
-mep_status_t all_reach(const GroupFacts &facts) {
-    std::string text;
-    if (count_unreachable(facts, &text) == 0) return MEP_OK;
-    return fail(MEP_UNSUPPORTED, "%s", text.c_str());
-}
-
 }  // namespace
 
 mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Group> *group) {
@@ -48,9 +41,7 @@ mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Gro
     EP_TRY(created->meet(config, deadline));
     GroupFacts facts;
     EP_TRY(created->gather_facts(&facts, deadline));
-    EP_TRY(all_reach(facts));
     if (created->rank_count() > 1) EP_TRY(created->try_transports(&facts));
-    EP_TRY(all_reach(facts));
     created->adopt(facts);
     if (backend != MEP_BACKEND_CPU)
         log(MEP_LOG_INFO, "IBGDA unavailable, using P2P-only path: %s", rdma().reason.c_str());
@@ -130,8 +121,10 @@ mep_status_t Group::try_transports(GroupFacts *facts) {
     const WindowHandle mine = trial.handle();
     std::vector<WindowHandle> handles(ranks);
     EP_TRY(all_gather(&mine, handles.data(), sizeof mine));
-    std::vector<bool> peers(ranks, true);
-    peers[rank()] = false;
+    std::vector<bool> peers(ranks);
+    for (int peer = 0; peer < ranks; ++peer)
+        peers[peer] =
+            peer != rank() && choose_transport(*facts, rank(), peer).kind != MEP_TRANSPORT_NONE;
     EP_TRY(agree(trial.knock(handles, peers)));
     std::vector<Trial> sent;
     EP_TRY(gather_rows(trial.sent(), &sent));
@@ -166,12 +159,17 @@ void Group::adopt(const GroupFacts &facts) {
         delivers_lines_ = delivers_lines_ && device_->delivers_lines(device_of(theirs));
         transports_.push_back(choose_transport(facts, rank(), peer));
     }
+    count_unreachable(facts, &unreachable_);
     if (device_->is_synchronous() || device_sharers_ == 1 || rank() != first_sharer) return;
     log(MEP_LOG_WARNING,
         "%d ranks are threads of one process and share GPU %d: let each call end before the next "
         "is queued, or make them processes; a process's streams may share a queue, in which a "
         "call would wait behind one that waits for it",
         device_sharers_, device_id_);
+}
+
+mep_status_t Group::all_reachable() const {
+    return unreachable_.empty() ? MEP_OK : fail(MEP_UNSUPPORTED, "%s", unreachable_.c_str());
 }
 
 template <class Byte>

@@ -11,6 +11,7 @@
 #include "transport/rdma.h"
 
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace ep {
@@ -27,6 +28,9 @@ class Group {
     int device_id() const { return device_id_; }
     Device *device() const { return device_.get(); }
     const TransportChoice &transport(int peer) const { return transports_[peer]; }
+
+    // May there be buffers? Else who cannot reach whom; the same on every rank.
+    mep_status_t all_reachable() const;
 
     // How many ranks share this rank's host.
     int local_rank_count() const { return local_rank_count_; }
@@ -76,6 +80,7 @@ class Group {
     std::shared_ptr<Device> device_;
     std::unique_ptr<Bootstrap> bootstrap_;
     std::vector<TransportChoice> transports_;
+    std::string unreachable_;  // a first pair, and why; "" if there is none
 };
 
 }  // namespace ep

@@ -106,11 +106,11 @@ TransportChoice inside_a_host(const GroupFacts &facts, int one, int other) {
 TransportChoice choose_transport(const GroupFacts &facts, int one, int other) {
     if (one == other) return {MEP_TRANSPORT_SELF, "self", "the rank itself"};
     if (!same_host(facts.ranks[one], facts.ranks[other]))
-        return {0, "none",
+        return {MEP_TRANSPORT_NONE, "none",
                 "they are on different hosts, and this version moves rows only inside one"};
     const int low = one < other ? one : other, high = one < other ? other : one;
     for (const std::string &why : {obstacle(facts, low, high), obstacle(facts, high, low)})
-        if (!why.empty()) return {0, "none", why};
+        if (!why.empty()) return {MEP_TRANSPORT_NONE, "none", why};
     return inside_a_host(facts, low, high);
 }
 
@@ -119,7 +119,7 @@ int count_unreachable(const GroupFacts &facts, std::string *text) {
     for (int one = 0; one < facts.rank_count(); ++one)
         for (int other = one + 1; other < facts.rank_count(); ++other) {
             const TransportChoice choice = choose_transport(facts, one, other);
-            if (choice.kind != 0 || count++ > 0) continue;
+            if (choice.kind != MEP_TRANSPORT_NONE || count++ > 0) continue;
             *text = "ranks " + std::to_string(one) + " and " + std::to_string(other) +
                     " cannot reach each other: " + choice.reason;
         }

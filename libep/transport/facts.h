@@ -51,7 +51,7 @@ struct GroupFacts {
 };
 
 struct TransportChoice {
-    int32_t kind;  // MEP_TRANSPORT_*; 0: these ranks cannot reach each other
+    int32_t kind;  // MEP_TRANSPORT_*
     const char *name;
     std::string reason;  // why this one, and why not something faster
 };

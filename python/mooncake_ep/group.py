@@ -23,8 +23,8 @@ _BARRIER = b"\0"
 class Transport:
     """How a rank reaches a peer.
 
-    kind: MEP_TRANSPORT_*; name: "self", "thread", "shm" or "ipc"; reason: why this one, and why not
-    something faster.
+    kind: MEP_TRANSPORT_*; name: "none", "self", "thread", "shm" or "ipc"; reason: why this one, and
+    why not something faster.
     """
 
     kind: int

@@ -116,10 +116,22 @@ TEST_F(Processes, SayTogetherWhoCannotBeReached) {
             const rlimit none{0, before.rlim_max};
             setrlimit(RLIMIT_FSIZE, &none);
         }
-        mep_group_t *group = nullptr;
-        EXPECT_EQ(mep_group_create(&config, &group), MEP_UNSUPPORTED);
+        const Group group = make_group(config);
         setrlimit(RLIMIT_FSIZE, &before);
-        EXPECT_EQ(group, nullptr);
+        for (int peer = 0; peer < 3; ++peer) {
+            mep_transport_info_t info{};
+            info.struct_size = sizeof info;
+            EXPECT_EQ(mep_group_query_transport(group.get(), peer, &info), MEP_OK);
+            const bool apart = peer != config.rank && (peer == 1 || config.rank == 1);
+            EXPECT_EQ(info.kind == MEP_TRANSPORT_NONE, apart) << config.rank << " to " << peer;
+            if (apart) {
+                EXPECT_STREQ(info.reason, "rank 1 cannot share its memory");
+            }
+        }
+        mep_buffer_t *buffer = nullptr;
+        const mep_buffer_config_t shape = buffer_config(3);
+        EXPECT_EQ(mep_buffer_create(group.get(), &shape, &buffer), MEP_UNSUPPORTED);
+        EXPECT_EQ(buffer, nullptr);
         EXPECT_STREQ(mep_last_error(),
                      "ranks 0 and 1 cannot reach each other: rank 1 cannot share its memory; nor "
                      "can 1 more pair")
