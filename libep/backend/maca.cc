@@ -4,6 +4,7 @@
 #define EP_DEVICE_MACA
 #include "kernels/table.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <mutex>
@@ -31,37 +32,42 @@ struct Stretch {
     uint64_t ticks, ns;
 };
 
-// How long the device takes for so many looks at its clock, by that clock and by the host's. The
-// shortest of some tries: what else is done by the device only makes it longer.
-mep_status_t time_looks(mcStream_t stream, int looks, uint64_t *device_ticks, Stretch *shortest) {
+// How long the device takes for so many looks at its clock, by that clock and by the host's.
+mep_status_t time_looks(mcStream_t stream, int looks, uint64_t *device_ticks, Stretch *stretch) {
     using Clock = std::chrono::steady_clock;
-    constexpr int kTries = 3;
-    *shortest = {0, ~uint64_t{0}};
-    for (int i = 0; i < kTries; ++i) {
-        Stretch stretch{};
-        const auto began = Clock::now();
-        maca::measure_clock<<<1, 1, 0, stream>>>(looks, device_ticks);
-        EP_TRY_GPU(StreamSynchronize(stream));
-        stretch.ns = std::chrono::nanoseconds(Clock::now() - began).count();
-        EP_TRY_GPU(MemcpyAsync(&stretch.ticks, device_ticks, sizeof stretch.ticks,
-                               mcMemcpyDeviceToHost, stream));
-        EP_TRY_GPU(StreamSynchronize(stream));
-        if (stretch.ns < shortest->ns) *shortest = stretch;
-    }
-    return MEP_OK;
+    const auto began = Clock::now();
+    maca::measure_clock<<<1, 1, 0, stream>>>(looks, device_ticks);
+    EP_TRY_GPU(StreamSynchronize(stream));
+    stretch->ns = std::chrono::nanoseconds(Clock::now() - began).count();
+    EP_TRY_GPU(MemcpyAsync(&stretch->ticks, device_ticks, sizeof stretch->ticks,
+                           mcMemcpyDeviceToHost, stream));
+    EP_TRY_GPU(StreamSynchronize(stream));
+    if (stretch->ticks != 0) return MEP_OK;
+    return fail(MEP_DEVICE_ERROR, "the device's clock does not go on, so waits cannot end");
 }
 
-// Tells the kernels how long a tick of their clock takes. The difference of two stretches, as each
-// has the time of a launch in it.
+// How long a tick of the device's clock takes. The host's time has the launch in it too and, if
+// others use the device, their turns: so the longer of two stretches that agree, and of all the
+// shortest tick.
+mep_status_t measure_tick(mcStream_t stream, uint64_t *device_ticks, double *ns_of_tick) {
+    constexpr int kLooksMin = 1 << 16, kLooksMax = 1 << 28, kGrowth = 4;
+    constexpr uint64_t kLongNs = 20'000'000;
+    constexpr double kAgreement = 1.1;
+    double before = 0;
+    for (int looks = kLooksMin;; looks *= kGrowth) {
+        Stretch stretch;
+        EP_TRY(time_looks(stream, looks, device_ticks, &stretch));
+        const double now = static_cast<double>(stretch.ns) / static_cast<double>(stretch.ticks);
+        *ns_of_tick = before == 0 ? now : std::min(*ns_of_tick, now);
+        const bool agrees = now <= before * kAgreement && before <= now * kAgreement;
+        if ((agrees && stretch.ns >= kLongNs) || looks == kLooksMax) return MEP_OK;
+        before = now;
+    }
+}
+
 mep_status_t set_clock(mcStream_t stream, uint64_t *device_ticks) {
-    constexpr int kFewLooks = 1 << 10, kManyLooks = 1 << 18;
-    Stretch few, many;
-    EP_TRY(time_looks(stream, kFewLooks, device_ticks, &few));
-    EP_TRY(time_looks(stream, kManyLooks, device_ticks, &many));
-    if (many.ticks <= few.ticks || many.ns <= few.ns)
-        return fail(MEP_DEVICE_ERROR, "the device's clock does not go on, so waits cannot end");
-    const double ns_of_tick =
-        static_cast<double>(many.ns - few.ns) / static_cast<double>(many.ticks - few.ticks);
+    double ns_of_tick = 0;
+    EP_TRY(measure_tick(stream, device_ticks, &ns_of_tick));
     const auto scaled = static_cast<uint64_t>(ns_of_tick * (uint64_t{1} << maca::kTickBits));
     maca::set_tick<<<1, 1, 0, stream>>>(scaled);
     return gpu_status(mcGetLastError(), "setting the clock");

@@ -43,6 +43,10 @@ struct Queue {
 
     bool may_move_in_bulk = true;  // rows by bulk copies, where the device has them
 
+    // SEND and RECEIVE, where the device needs it (kernels/fence.h). Not for a stream that may
+    // share a hardware queue with another rank's: there its waiting launch would hold that rank up.
+    bool fences_phases = true;
+
     // Load the kernels onto the device instead of launching them. What is loaded at its first
     // launch may wait for kernels that wait for this one.
     bool load_only = false;

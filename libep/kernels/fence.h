@@ -52,7 +52,8 @@ EP_KERNEL phase_fence_kernel(const FenceArgs<Args> a) {
 template <class Args>
 void fence_phase(const Args &args, Phases phase, const Queue &queue) {
     if constexpr (kFencesPhases) {
-        if (!phase_fence || args.round.layout.shape.rank_count == 1) return;
+        const bool alone = args.round.layout.shape.rank_count == 1;
+        if (!phase_fence || !queue.fences_phases || alone) return;
         const FenceArgs<Args> fence{args.round, phase == Phases::kSend};
         launch(phase_fence_kernel<Args>, fence, queue, 1);
     }

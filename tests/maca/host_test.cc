@@ -121,6 +121,16 @@ TEST_F(MacaHost, RefusesADeviceWhoseClockStands) {
     EXPECT_NE(std::string(mep_last_error()).find("clock"), std::string::npos) << mep_last_error();
 }
 
+// Others use the device too.
+TEST_F(MacaHost, MeasuresTheClockBetweenTheTurnsOfOthers) {
+    runtime().device_count = 1;
+    runtime().turns_ms = {40, 8, 4, 0, 0};
+    const Rank rank;
+    ASSERT_EQ(rank.status, MEP_OK) << mep_last_error();
+    const double ns = static_cast<double>(runtime().tick) / (1 << 20);
+    EXPECT_NEAR(ns, mc_shim::kTickNs, mc_shim::kTickNs / 2.0);
+}
+
 TEST_F(MacaHost, MeasuresTheClockOnce) {
     runtime().device_count = 1;
     const Rank rank, again;

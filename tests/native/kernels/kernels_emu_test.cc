@@ -183,6 +183,17 @@ TEST(EmuKernels, TellTheFenceOnlyBehindSend) {
     expect_right(fleet, round);
 }
 
+TEST(EmuKernels, DoWithoutAFenceOnAQueueThatMayBeShared) {
+    if (!emu::kFencesPhases) GTEST_SKIP() << kWhyNoFence;
+    Rig rig = small_bf16(Weights::kAtDispatch);
+    rig.fences = false;
+    Fleet fleet(rig);
+    Round round = fleet.round(1430);
+    fleet.run([&](int rank) { fleet.both(round.tasks[rank]); });
+    expect_right(fleet, round);
+    EXPECT_EQ(*fleet.layout().fence(fleet.window(1), 0, 0), 0U);
+}
+
 // All of a rank's messages are there but not its word.
 void expect_received_without_word(bool fenced, int32_t active_after) {
     Rig rig = small_bf16(Weights::kAtDispatch);

@@ -36,6 +36,7 @@ struct Rig {
     Element combine_type = Element::kBf16;
     Carriage carriage = Carriage::kFlag;
     bool bulk_copies = true;  // where the device has them
+    bool fences = true;       // the same
     bool fp32_partials = false;
     int idx_bytes = 8;
     int rounds_in_flight = 2;
@@ -198,6 +199,7 @@ class Fleet {
         queue.workers = members_[rank].workers.get();
         queue.block_count = rig_.multiprocessors;
         queue.may_move_in_bulk = rig_.bulk_copies;
+        queue.fences_phases = rig_.fences;
         return queue;
     }
 

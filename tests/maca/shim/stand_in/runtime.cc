@@ -36,7 +36,11 @@ bool is(const std::string &kernel, const char *name) {
 // Takes as long as a clock with ticks of kTickNs would say.
 void measure_clock(int looks, uint64_t *ticks) {
     using Clock = std::chrono::steady_clock;
-    const auto end = Clock::now() + std::chrono::nanoseconds(int64_t{looks} * kTickNs);
+    auto end = Clock::now() + std::chrono::nanoseconds(int64_t{looks} * kTickNs);
+    if (std::vector<int> &turns = runtime().turns_ms; !turns.empty()) {
+        end += std::chrono::milliseconds(turns.front());
+        turns.erase(turns.begin());
+    }
     while (Clock::now() < end) {
     }
     *ticks = runtime().clock_goes ? looks : 0;

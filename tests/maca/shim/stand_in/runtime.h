@@ -22,6 +22,7 @@ struct Runtime {
     std::vector<unsigned> flags;  // of each mcExtMallocWithFlags
     int set_ticks = 0;            // how often the clock was set
     uint64_t tick = 0;            // as it was set last
+    std::vector<int> turns_ms;    // that others take before measurements of the clock, in order
     bool opens = false;           // other processes' memory
     int closed = 0;               // mappings of it
 };
