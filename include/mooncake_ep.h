@@ -262,6 +262,17 @@ typedef int32_t (*mep_all_gather_callback_t)(void *context, const void *send, vo
                                              size_t bytes);
 
 /**
+ * What carries rows between ranks that do not reach each other's memory, if the caller has it: send
+ * send_bytes[rank] bytes at send[rank] to each rank, and receive receive_bytes[rank] bytes from
+ * each at receive[rank], all of them host memory; where a count is 0, nothing. The two sides of a
+ * pair agree about its counts, and the calls come in the same order on all ranks. Blocking. Returns
+ * 0, or any other number on failure.
+ */
+typedef int32_t (*mep_all_to_all_callback_t)(void *context, const void *const *send,
+                                             const size_t *send_bytes, void *const *receive,
+                                             const size_t *receive_bytes);
+
+/**
  * Start listening for the ranks of one group. `address`: IPv4 address or host name of this machine
  * that the other ranks can reach; NULL: 127.0.0.1, so nothing outside this machine can connect. The
  * process that calls this must hold rank 0 of the group. Local. Uses one descriptor until the group
@@ -300,13 +311,17 @@ typedef struct mep_group_config {
     int32_t rank_count; /**< R, [1, MEP_RANK_COUNT_MAX] */
     int32_t backend;    /**< MEP_BACKEND_*; 0: CPU */
     int32_t device_id;  /**< of that backend; 0 on the CPU */
-    uint32_t reserved;
+    /** 1: reach no peer's memory, as if there were no way to it; also MOONCAKE_EP_DISABLE_P2P=1 */
+    int32_t disable_p2p;
     /** of each wait for another rank, in set-up and later calls; 0: 100 s; -1: never */
     int64_t timeout_us;
     mep_all_gather_callback_t all_gather;
     void *all_gather_context; /**< passed to all_gather */
     const mep_unique_id_t *unique_id;
     mep_world_t *world;
+    /** For ranks that cannot reach each other's memory; on all ranks or on none. NULL: TCP. */
+    mep_all_to_all_callback_t all_to_all;
+    void *all_to_all_context; /**< passed to all_to_all */
 } mep_group_config_t;
 
 typedef struct mep_group_info {
@@ -325,13 +340,19 @@ enum {
     MEP_TRANSPORT_SELF = 1,   /**< the rank itself: nothing leaves it */
     MEP_TRANSPORT_THREAD = 2, /**< a thread of this process: the same memory */
     MEP_TRANSPORT_SHM = 3,    /**< a process of this host: POSIX shared memory */
-    MEP_TRANSPORT_IPC = 4     /**< a process of this host: GPU memory by its IPC handle */
+    MEP_TRANSPORT_IPC = 4,    /**< a process of this host: GPU memory by its IPC handle */
+    /**
+     * no memory of the peer is reached: rows go by the caller's all_to_all, or by TCP. CPU only.
+     * A half that sends then waits for the peer to send the same; all ranks of the group send their
+     * dispatches and combines in the same order.
+     */
+    MEP_TRANSPORT_COLLECTIVE = 5
 };
 
 typedef struct mep_transport_info {
     uint32_t struct_size;
     int32_t kind;       /**< MEP_TRANSPORT_* */
-    const char *name;   /**< "none", "self", "thread", "shm", "ipc" */
+    const char *name;   /**< "none", "self", "thread", "shm", "ipc", "collective" */
     const char *reason; /**< why this one, and why not something faster; the group's */
 } mep_transport_info_t;
 

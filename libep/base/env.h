@@ -7,6 +7,9 @@
 //   MOONCAKE_EP_DEVICE_FILTER  the NICs to choose from, with commas in between
 //   MOONCAKE_EP_LINES        0: no messages by line, whatever the link; default 1
 //   MOONCAKE_EP_BULK_COPIES  0: no rows by bulk copies, whatever the device; default 1
+//   MOONCAKE_EP_DISABLE_P2P  1: reach no peer's memory; default 0
+//   MOONCAKE_EP_TCP_ADDRESS  host name or IPv4 address of this machine, by which ranks on others
+//                            reach it where rows go by TCP
 //   MOONCAKE_EP_MACA_P2P_PAIRS  pairs of MetaX GPUs that may reach each other, like 0-1,2-3;
 //   default: the
 //                            near ones

@@ -231,7 +231,13 @@ mep_status_t Buffer::allocate() {
 mep_status_t Buffer::connect(const WindowHandle &mine) {
     std::vector<WindowHandle> handles(group_->rank_count());
     EP_TRY(group_->all_gather(&mine, handles.data(), sizeof mine));
-    mep_status_t status = windows_.connect(device(), handles, group_->rank());
+    std::vector<bool> far(group_->rank_count());
+    for (int peer = 0; peer < group_->rank_count(); ++peer)
+        far[peer] = !group_->is_near(peer);
+    mep_status_t status = windows_.connect(device(), handles, group_->rank(), far);
+    if (status == MEP_OK)
+        status = collective_.create(device(), group_->engine(), shape_.layout, far,
+                                    static_cast<BufferState *>(state_.get()));
     if (status == MEP_OK) {
         addresses_ = windows_.addresses();
         status = device()->write(windows_on_device_.get(), addresses_.data(),
@@ -301,6 +307,12 @@ Queue Buffer::queue(void *stream) const {
     queue.fences_phases = group_->device_sharers() == 1;
     queue.workers = workers_.get();
     return queue;
+}
+
+mep_status_t Buffer::carry(const Round &round, Cargo cargo, size_t body_bytes, int64_t timeout_us) {
+    if (!has_far_peers()) return MEP_OK;
+    const Deadline deadline(timeout_us == 0 ? group_->timeout_us() : timeout_us);
+    return collective_.carry(round, cargo, body_bytes, queue(nullptr), deadline);
 }
 
 mep_status_t Buffer::find_new_failures(std::vector<int> *ranks) {

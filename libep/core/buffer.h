@@ -7,6 +7,7 @@
 #include "backend/backend.h"
 #include "core/group.h"
 #include "core/rounds.h"
+#include "transport/collective.h"
 #include "transport/p2p.h"
 
 #include <memory>
@@ -45,6 +46,10 @@ class Buffer {
     Queue queue(void *stream) const;
     int32_t *tally() const { return static_cast<int32_t *>(tally_.get()); }
 
+    // Carries what a launch of SEND left for far peers; nothing if there are none.
+    mep_status_t carry(const Round &round, Cargo cargo, size_t body_bytes, int64_t timeout_us);
+    bool has_far_peers() const { return collective_.serves_any(); }
+
     // The mask for calls that bring none.
     int32_t *own_active() const { return static_cast<int32_t *>(active_.get()); }
 
@@ -65,6 +70,7 @@ class Buffer {
     std::shared_ptr<Group> group_;
     BufferShape shape_{};
     PeerWindows windows_;
+    Collective collective_;
     std::unique_ptr<Workers> workers_;
     bool may_move_in_bulk_ = true;
     std::vector<char *> addresses_;  // of the windows

@@ -21,6 +21,37 @@ mep_status_t may_combine(const Call &call) {
     return call.buffer->combines.may_send("combine");
 }
 
+namespace {
+
+// With far peers: weights, if they come only now, have to be there before rows are summed.
+mep_status_t send_far(const Call &call, CombineArgs args) {
+    Buffer &buffer = *call.buffer;
+    Device &device = *buffer.device();
+    const Queue queue = buffer.queue(call.stream);
+    if (args.topk_weights != nullptr) {
+        EP_TRY(device.launch_status(device.kernels().combine_weights(args, queue)));
+        const size_t bytes = args.round.layout.weight_bytes - kHeadFlagBytes;
+        EP_TRY(buffer.carry(args.round, Cargo::kWeights, bytes, call.timeout_us));
+        args.weights_are_sent = true;
+    }
+    EP_TRY(device.launch_status(device.kernels().combine(args, Phases::kSend, queue)));
+    const Element partial = args.fp32_partials ? Element::kFp32 : args.x_type;
+    const size_t bytes = carried_bytes(size_t(args.round.hidden) * element_bytes(partial));
+    return buffer.carry(args.round, Cargo::kPartials, bytes, call.timeout_us);
+}
+
+mep_status_t launch(const Call &call, const CombineArgs &args) {
+    Buffer &buffer = *call.buffer;
+    const Entered entered(buffer.device());
+    const bool far = buffer.has_far_peers();
+    if (far && call.sends()) EP_TRY(send_far(call, args));
+    if (far && !call.receives()) return MEP_OK;
+    return buffer.device()->launch_status(buffer.device()->kernels().combine(
+        args, far ? Phases::kReceive : call.kernel_phases(), buffer.queue(call.stream)));
+}
+
+}  // namespace
+
 mep_status_t combine(const Call &call, CombineArgs args) {
     Buffer &buffer = *call.buffer;
     Handle &handle = *call.handle;
@@ -32,13 +63,14 @@ mep_status_t combine(const Call &call, CombineArgs args) {
         handle.combine_in_flight = true;
         handle.combine_round = buffer.combines.send();
     }
-    const Entered entered(buffer.device());
-    EP_TRY(buffer.device()->launch_status(
-        buffer.device()->kernels().combine(args, call.kernel_phases(), buffer.queue(call.stream))));
+    EP_TRY(launch(call, args));
     if (call.receives()) {
         buffer.combines.receive(handle.combine_round);
         handle.combine_in_flight = false;
     }
+    // Who was found dead by an engine in the half that sends is told by the half that receives, as
+    // where memory is reached.
+    if (buffer.has_far_peers() && !call.receives()) return MEP_OK;
     return report_failed_peers(call, "combine");
 }
 

@@ -18,6 +18,34 @@ mep_status_t may_dispatch(const Call &call) {
     return call.buffer->dispatches.may_send("dispatch");
 }
 
+namespace {
+
+// A message's bytes behind its Signal.
+size_t body_bytes(const DispatchArgs &args) {
+    const size_t hidden = args.round.hidden;
+    const size_t row = hidden * element_bytes(args.out_type());
+    const size_t scales =
+        args.out_type() == Element::kFp8 ? hidden / kScaleGroup * sizeof(float) : 0;
+    return args.round.layout.head_bytes - kHeadFlagBytes + carried_bytes(row + scales);
+}
+
+mep_status_t launch(const Call &call, const DispatchArgs &args) {
+    Buffer &buffer = *call.buffer;
+    const Entered entered(buffer.device());
+    const auto phase = [&](Phases phases) {
+        return buffer.device()->launch_status(
+            buffer.device()->kernels().dispatch(args, phases, buffer.queue(call.stream)));
+    };
+    if (!buffer.has_far_peers()) return phase(call.kernel_phases());
+    if (call.sends()) {
+        EP_TRY(phase(Phases::kSend));
+        EP_TRY(buffer.carry(args.round, Cargo::kMessages, body_bytes(args), call.timeout_us));
+    }
+    return call.receives() ? phase(Phases::kReceive) : MEP_OK;
+}
+
+}  // namespace
+
 mep_status_t dispatch(const Call &call, DispatchArgs args) {
     Buffer &buffer = *call.buffer;
     Handle &handle = *call.handle;
@@ -36,13 +64,14 @@ mep_status_t dispatch(const Call &call, DispatchArgs args) {
         handle.dispatch = Handle::State::kInFlight;
         handle.dispatch_round = buffer.dispatches.send();
     }
-    const Entered entered(buffer.device());
-    EP_TRY(buffer.device()->launch_status(buffer.device()->kernels().dispatch(
-        args, call.kernel_phases(), buffer.queue(call.stream))));
+    EP_TRY(launch(call, args));
     if (call.receives()) {
         buffer.dispatches.receive(handle.dispatch_round);
         handle.dispatch = Handle::State::kReceived;
     }
+    // Who was found dead by an engine in the half that sends is told by the half that receives, as
+    // where memory is reached.
+    if (buffer.has_far_peers() && !call.receives()) return MEP_OK;
     return report_failed_peers(call, "dispatch");
 }
 

@@ -1,11 +1,13 @@
 #include "core/group.h"
 
+#include "base/env.h"
 #include "base/log.h"
 #include "base/status.h"
 #include "transport/gate.h"
 #include "transport/trial.h"
 
 #include <cstdio>
+#include <cstring>
 #include <utility>
 
 namespace ep {
@@ -40,9 +42,10 @@ mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Gro
     const Deadline deadline(created->timeout_us_);
     EP_TRY(created->meet(config, deadline));
     GroupFacts facts;
-    EP_TRY(created->gather_facts(&facts, deadline));
+    EP_TRY(created->gather_facts(config, &facts, deadline));
     if (created->rank_count() > 1) EP_TRY(created->try_transports(&facts));
     created->adopt(facts);
+    EP_TRY(created->create_engine(config, facts, deadline));
     if (backend != MEP_BACKEND_CPU)
         log(MEP_LOG_INFO, "IBGDA unavailable, using P2P-only path: %s", rdma().reason.c_str());
     log(MEP_LOG_INFO, "rank %d of %d joined on %s", created->rank(), created->rank_count(),
@@ -73,9 +76,34 @@ mep_status_t Group::meet(const mep_group_config_t &config, const Deadline &deadl
     return MEP_OK;
 }
 
-mep_status_t Group::gather_facts(GroupFacts *facts, const Deadline &deadline) {
+namespace {
+
+// What the caller and the environment say about ways between ranks.
+mep_status_t read_wishes(const mep_group_config_t &config, bool carries, RankFacts *facts) {
+    if (config.disable_p2p < 0 || config.disable_p2p > 1)
+        return fail(MEP_INVALID_ARGUMENT, "config.disable_p2p is %d; it must be 0 or 1",
+                    config.disable_p2p);
+    long disabled = 0;
+    EP_TRY(env_integer("MOONCAKE_EP_DISABLE_P2P", 0, 1, config.disable_p2p, &disabled));
+    facts->p2p_disabled = disabled != 0 || config.disable_p2p != 0;
+    facts->engine = !carries                       ? kEngineNone
+                    : config.all_to_all != nullptr ? kEngineCaller
+                                                   : kEngineTcp;
+    const std::string address = env_text("MOONCAKE_EP_TCP_ADDRESS");
+    if (address.size() >= sizeof facts->tcp_address)
+        return fail(MEP_INVALID_ARGUMENT, "MOONCAKE_EP_TCP_ADDRESS has %zu characters; at most %zu",
+                    address.size(), sizeof facts->tcp_address - 1);
+    std::memcpy(facts->tcp_address, address.c_str(), address.size() + 1);
+    return MEP_OK;
+}
+
+}  // namespace
+
+mep_status_t Group::gather_facts(const mep_group_config_t &config, GroupFacts *facts,
+                                 const Deadline &deadline) {
     Greeting mine{mep_version(), rank_count(), backend_->id, 0, {}};
     EP_TRY(local_facts(*device_, backend_->id, &mine.facts));
+    EP_TRY(read_wishes(config, device_->is_synchronous(), &mine.facts));
     const Topology machine = gated() ? machine_topology() : Topology{};
     mine.facts.physical = physical_number(machine, device_->pci_address());
     std::vector<Greeting> all(rank_count());
@@ -91,8 +119,13 @@ mep_status_t Group::gather_facts(GroupFacts *facts, const Deadline &deadline) {
         if (theirs.backend != mine.backend)
             return fail(MEP_MISMATCH, "config.backend is %d on rank %d and %d on rank %d",
                         theirs.backend, peer, mine.backend, rank());
+        if (theirs.facts.engine != mine.facts.engine)
+            return fail(MEP_MISMATCH, "config.all_to_all is given on rank %d and not on rank %d",
+                        theirs.facts.engine == kEngineCaller ? peer : rank(),
+                        theirs.facts.engine == kEngineCaller ? rank() : peer);
         facts->ranks.push_back(theirs.facts);
     }
+    choose_engine(facts);
     std::vector<Access> access(rank_count(), Access::kRefused);
     EP_TRY(agree(access_to(facts->ranks, machine, &access)));
     return gather_rows(access, &facts->access);
@@ -123,8 +156,7 @@ mep_status_t Group::try_transports(GroupFacts *facts) {
     EP_TRY(all_gather(&mine, handles.data(), sizeof mine));
     std::vector<bool> peers(ranks);
     for (int peer = 0; peer < ranks; ++peer)
-        peers[peer] =
-            peer != rank() && choose_transport(*facts, rank(), peer).kind != MEP_TRANSPORT_NONE;
+        peers[peer] = peer != rank() && is_by_memory(choose_transport(*facts, rank(), peer));
     EP_TRY(agree(trial.knock(handles, peers)));
     std::vector<Trial> sent;
     EP_TRY(gather_rows(trial.sent(), &sent));
@@ -166,6 +198,27 @@ void Group::adopt(const GroupFacts &facts) {
         "is queued, or make them processes; a process's streams may share a queue, in which a "
         "call would wait behind one that waits for it",
         device_sharers_, device_id_);
+}
+
+mep_status_t Group::create_engine(const mep_group_config_t &config, const GroupFacts &facts,
+                                  const Deadline &deadline) {
+    bool wanted = false;
+    for (int one = 0; one < rank_count(); ++one)
+        for (int other = 0; other < one; ++other)
+            wanted = wanted || choose_transport(facts, one, other).kind == MEP_TRANSPORT_COLLECTIVE;
+    if (!wanted) return MEP_OK;
+    if (config.all_to_all != nullptr) {
+        engine_ =
+            engine_by_callback(rank(), rank_count(), config.all_to_all, config.all_to_all_context);
+        return MEP_OK;
+    }
+    constexpr const char *kLoopback = "127.0.0.1";
+    const char *address = facts.ranks[rank()].tcp_address;
+    const auto gather = [this, &deadline](const void *send, void *receive, size_t bytes) {
+        return bootstrap_->all_gather(send, receive, bytes, deadline);
+    };
+    return engine_by_tcp(rank(), rank_count(), *address == '\0' ? kLoopback : address, gather,
+                         deadline, &engine_);
 }
 
 mep_status_t Group::all_reachable() const {

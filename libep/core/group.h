@@ -7,6 +7,7 @@
 #include "base/deadline.h"
 #include "core/bootstrap.h"
 #include "topology/graph.h"
+#include "transport/engine.h"
 #include "transport/facts.h"
 #include "transport/rdma.h"
 
@@ -28,6 +29,14 @@ class Group {
     int device_id() const { return device_id_; }
     Device *device() const { return device_.get(); }
     const TransportChoice &transport(int peer) const { return transports_[peer]; }
+
+    // Is the peer's memory reached?
+    bool is_near(int peer) const {
+        return peer == rank() || transports_[peer].kind != MEP_TRANSPORT_COLLECTIVE;
+    }
+
+    // Carries what goes to peers that are not near; nullptr if all of the group's pairs are.
+    Engine *engine() const { return engine_.get(); }
 
     // May there be buffers? Else who cannot reach whom; the same on every rank.
     mep_status_t all_reachable() const;
@@ -58,10 +67,13 @@ class Group {
   private:
     Group() = default;
     mep_status_t meet(const mep_group_config_t &config, const Deadline &deadline);
-    mep_status_t gather_facts(GroupFacts *facts, const Deadline &deadline);
+    mep_status_t gather_facts(const mep_group_config_t &config, GroupFacts *facts,
+                              const Deadline &deadline);
     mep_status_t access_to(const std::vector<RankFacts> &ranks, const Topology &machine,
                            std::vector<Access> *row) const;
     mep_status_t try_transports(GroupFacts *facts);
+    mep_status_t create_engine(const mep_group_config_t &config, const GroupFacts &facts,
+                               const Deadline &deadline);
     void adopt(const GroupFacts &facts);
     // Whether P2pGate says who may reach whom.
     bool gated() const { return backend_->id == MEP_BACKEND_MACA; }
@@ -79,6 +91,7 @@ class Group {
     const Backend *backend_ = nullptr;
     std::shared_ptr<Device> device_;
     std::unique_ptr<Bootstrap> bootstrap_;
+    std::unique_ptr<Engine> engine_;
     std::vector<TransportChoice> transports_;
     std::string unreachable_;  // a first pair, and why; "" if there is none
 };

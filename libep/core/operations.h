@@ -21,6 +21,11 @@ struct Call {
     bool receives() const { return (phases & MEP_PHASE_RECEIVE) != 0; }
 };
 
+// Rows travel in whole vectors.
+constexpr size_t carried_bytes(size_t row_bytes) {
+    return (row_bytes + sizeof(Vector) - 1) / sizeof(Vector) * sizeof(Vector);
+}
+
 // Whether the call may be made now; changes nothing.
 mep_status_t may_dispatch(const Call &call);
 mep_status_t may_combine(const Call &call);

@@ -36,7 +36,8 @@ EP_KERNEL combine_weights(const CombineArgs a) {
              peer = next_owner(layout, choices, r.topk, peer)) {
             if (peer == r.rank || !Warp::broadcast(int{is_active(r, peer)})) continue;
             const ExpertRange range = ExpertRange::of(layout, peer);
-            char *weight = layout.weight(r.window(peer), epoch, peer, r.rank, token);
+            const Toward to = toward(r, peer);
+            char *weight = layout.weight(to.window, epoch, to.owner, to.source, token);
             each_entry(choices, weights, r.topk, range, [&](int32_t, int, int index, float value) {
                 Layout::weight_values(weight)[index] = value;
             });
@@ -84,8 +85,8 @@ template <Element kType, Element kPartial, class Sums>
 EP_DEVICE void send_partial(const CombineArgs &a, Sums *sums, const Outgoing &out,
                             const Terms &terms) {
     const Round &r = a.round;
-    char *partial =
-        r.layout.partial(r.window(out.source), out.epoch, out.source, r.rank, out.token);
+    const Toward to = toward(r, out.source);
+    char *partial = r.layout.partial(to.window, out.epoch, to.owner, to.source, out.token);
     sums->template of_terms<kType, kPartial>(terms, r.hidden, Layout::partial_row(partial));
     before_publish<Warp>();
     if (Warp::rank() == 0) publish(Layout::flag(partial), Signal::pack(out.epoch, 0));
@@ -196,7 +197,7 @@ int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
         if (shape.carriage == Carriage::kLine)
             return launch_combine_by_line<kType, kPartial>(args, phases, queue);
     r.phases = Phases::kSend;
-    if (has_phase(phases, Phases::kSend) && args.topk_weights != nullptr)
+    if (has_phase(phases, Phases::kSend) && args.topk_weights != nullptr && !args.weights_are_sent)
         launch_all(combine_weights, args, queue, r.token_count);
     set_roles(&r, queue, (shape.rank_count - 1) * shape.token_count_max, r.token_count);
     if constexpr (kHasBulkCopies)
@@ -204,6 +205,12 @@ int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
             launch_sums<kType, kPartial, BulkSums>(args, phases, queue);
     if (queue.load_only || !moves_in_bulk(queue))
         launch_sums<kType, kPartial, LaneSums>(args, phases, queue);
+    return launch_error();
+}
+
+inline int launch_combine_weights(CombineArgs args, const Queue &queue) {
+    args.round.phases = Phases::kSend;
+    if constexpr (kHasFarPeers) launch_all(combine_weights, args, queue, args.round.token_count);
     return launch_error();
 }
 

@@ -284,14 +284,18 @@ EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *su
     const Layout &layout = r.layout;
     const int per_rank = layout.local_expert_count;
     for (int peer = Block::rank(); peer < layout.shape.rank_count; peer += Block::size())
-        if (is_active(r, peer))
-            post(layout.token_count(r.window(peer), epoch, r.rank),
+        if (is_active(r, peer)) {
+            const Toward to = toward(r, peer);
+            post(layout.token_count(to.window, epoch, to.source),
                  Signal::pack(epoch, r.token_count));
+        }
     count_before(a, r.chunk_count, sums);
     for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size())
-        if (is_active(r, e / per_rank))
-            post(layout.count(r.window(e / per_rank), epoch, r.rank, e % per_rank),
+        if (is_active(r, e / per_rank)) {
+            const Toward to = toward(r, e / per_rank);
+            post(layout.count(to.window, epoch, to.source, e % per_rank),
                  Signal::pack(epoch, sums[e]));
+        }
     Block::sync();  // before other sums take the place of these
 }
 

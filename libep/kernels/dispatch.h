@@ -185,7 +185,8 @@ EP_DEVICE void send_token(const DispatchArgs &a, Mover<Rows> *mover, uint64_t ep
     const Layout &layout = r.layout;
     const size_t row_bytes = size_t(r.hidden) * element_bytes(kCast ? Element::kFp8 : kType);
     const auto message_to = [&](int peer) {
-        return layout.message(r.window(peer), epoch, peer, r.rank, token);
+        const Toward to = toward(r, peer);
+        return layout.message(to.window, epoch, to.owner, to.source, token);
     };
     int peers = 0;
     for (int step = 1; step < layout.shape.rank_count; ++step) {

@@ -13,6 +13,10 @@ struct BufferState {
     uint64_t dispatch_tickets, combine_tickets;  // kTicketsOfRound for each round sent
     uint64_t invalid_expert_ids, invalid_messages;
 
+    // Of peers whose window is not mapped here; nullptr: there are none. See toward().
+    const int32_t *far;  // [rank] 1: it is one of them
+    char *outbox;        // a window's worth of this rank's own memory
+
     // The blocks of the launch that sends a round hand in so many together, each at its end: until
     // the last has, the quotient is the epoch of the round before, for whoever looks.
     static constexpr uint64_t kTicketsOfRound = uint64_t{1} << 16;
@@ -132,7 +136,8 @@ struct CombineArgs {
     const char *x;
     const float *topk_weights;  // nullptr: those of the dispatch
     char *out;
-    size_t out_stride;  // bytes from token to token
+    size_t out_stride;      // bytes from token to token
+    bool weights_are_sent;  // by a launch before
 };
 
 // One word to each window that is not nullptr, at this rank's place.
@@ -141,6 +146,43 @@ struct KnockArgs {
 
     char *const *windows;  // [rank_count], as mapped here; in device memory
     int rank, rank_count;
+};
+
+// What is carried by an engine at once.
+enum class Cargo : int32_t { kMessages, kWeights, kPartials };
+
+struct ParcelHead {
+    uint64_t epoch;
+    Cargo cargo;
+    int32_t token_count;  // that records may be of
+    int32_t record_count;
+    int32_t reserved[3];
+};
+
+// Parcels for far peers, and from them; see kernels/parcels.h.
+struct ParcelArgs {
+    static constexpr size_t kRecordHeadBytes = 16;
+
+    Round round;
+    Cargo cargo;
+    size_t body_bytes;     // of a record, a multiple of 16
+    char *const *parcels;  // [rank]
+    uint64_t *sizes;       // [rank] in bytes
+
+    EP_HOST_DEVICE size_t record_bytes() const { return kRecordHeadBytes + body_bytes; }
+    EP_HOST_DEVICE size_t first_record() const {
+        constexpr size_t kAlignment = 16;
+        const size_t counts = cargo == Cargo::kMessages
+                                  ? sizeof(int32_t) * round.layout.local_expert_count
+                                  : size_t{0};
+        return sizeof(ParcelHead) + (counts + kAlignment - 1) / kAlignment * kAlignment;
+    }
+    EP_HOST_DEVICE char *record(char *parcel, int index) const {
+        return parcel + first_record() + index * record_bytes();
+    }
+    EP_HOST_DEVICE size_t bytes(int record_count) const {
+        return first_record() + record_count * record_bytes();
+    }
 };
 
 // Rows of DispatchArgs::tally for launches of at most so many chunks: each chunk's counts, then,
@@ -156,6 +198,9 @@ struct Kernels {
     int (*combine)(CombineArgs args, Phases phases, const Queue &queue);
     bool (*suits_lines)(const Shape &shape);  // may its messages go by line?
     int (*knock)(const KnockArgs &args, const Queue &queue);
+    int (*combine_weights)(CombineArgs args, const Queue &queue);  // that launch of combine alone
+    int (*pack)(const ParcelArgs &args, const Queue &queue);
+    int (*place)(const ParcelArgs &args, const Queue &queue);
 };
 
 }  // namespace ep

@@ -4,13 +4,15 @@
 #include "kernels/combine.h"
 #include "kernels/dispatch.h"
 #include "kernels/knock.h"
+#include "kernels/parcels.h"
 
 #include <initializer_list>
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
 inline Kernels kernels() {
-    return {chunk_count_max, launch_dispatch, launch_combine, suits_lines, launch_knock};
+    return {chunk_count_max, launch_dispatch,        launch_combine, suits_lines,
+            launch_knock,    launch_combine_weights, launch_pack,    launch_place};
 }
 
 // Loads every kernel onto the current device; see Queue::load_only.

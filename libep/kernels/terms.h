@@ -110,8 +110,10 @@ EP_DEVICE const float *await_weights(const Wait &wait, const Outgoing &out) {
 EP_DEVICE void tell_peers(const Round &r, uint64_t epoch) {
     if (Block::rank() == 0) r.routing.state->combine_epoch = epoch;
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size())
-        if (peer != r.rank && is_active(r, peer))
-            post(r.layout.arrival(r.window(peer), epoch, r.rank), Signal::pack(epoch, 0));
+        if (peer != r.rank && is_active(r, peer)) {
+            const Toward to = toward(r, peer);
+            post(r.layout.arrival(to.window, epoch, to.source), Signal::pack(epoch, 0));
+        }
 }
 
 // Until every peer has begun the round.

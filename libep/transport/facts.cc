@@ -103,15 +103,37 @@ TransportChoice inside_a_host(const GroupFacts &facts, int one, int other) {
 
 }  // namespace
 
+void choose_engine(GroupFacts *facts) {
+    const RankFacts &first = facts->ranks[0];
+    bool one_host = true, addresses = true;
+    for (const RankFacts &rank : facts->ranks) {
+        one_host = one_host && same_host(rank, first);
+        addresses = addresses && rank.tcp_address[0] != '\0';
+    }
+    facts->engine = static_cast<EngineKind>(first.engine);
+    if (facts->engine == kEngineNone) {
+        facts->no_engine = "nothing else carries rows of this backend yet";
+    } else if (facts->engine == kEngineTcp && !one_host && !addresses) {
+        facts->engine = kEngineNone;
+        facts->no_engine = "TCP carries rows if MOONCAKE_EP_TCP_ADDRESS is set on every rank";
+    }
+}
+
 TransportChoice choose_transport(const GroupFacts &facts, int one, int other) {
     if (one == other) return {MEP_TRANSPORT_SELF, "self", "the rank itself"};
-    if (!same_host(facts.ranks[one], facts.ranks[other]))
-        return {MEP_TRANSPORT_NONE, "none",
-                "they are on different hosts, and this version moves rows only inside one"};
     const int low = one < other ? one : other, high = one < other ? other : one;
-    for (const std::string &why : {obstacle(facts, low, high), obstacle(facts, high, low)})
-        if (!why.empty()) return {MEP_TRANSPORT_NONE, "none", why};
-    return inside_a_host(facts, low, high);
+    std::string why;
+    if (!same_host(facts.ranks[one], facts.ranks[other])) why = "they are on different hosts";
+    for (const int rank : {low, high})
+        if (why.empty() && facts.ranks[rank].p2p_disabled != 0)
+            why = "MOONCAKE_EP_DISABLE_P2P or disable_p2p is set on " + rank_text(rank);
+    if (why.empty()) why = obstacle(facts, low, high);
+    if (why.empty()) why = obstacle(facts, high, low);
+    if (why.empty()) return inside_a_host(facts, low, high);
+    if (facts.engine == kEngineNone)
+        return {MEP_TRANSPORT_NONE, "none", why + "; " + facts.no_engine};
+    return {MEP_TRANSPORT_COLLECTIVE, "collective",
+            (facts.engine == kEngineTcp ? "by TCP: " : "by the caller's all_to_all: ") + why};
 }
 
 int count_unreachable(const GroupFacts &facts, std::string *text) {

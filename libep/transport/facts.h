@@ -19,7 +19,13 @@ struct RankFacts {
     int32_t backend;      // MEP_BACKEND_*
     int32_t physical;     // number of a MetaX GPU on its host, see gate.h; otherwise -1
     char device[16];      // UUID of a GPU; zero for the CPU
+    int32_t engine;       // EngineKind
+    int32_t p2p_disabled;
+    char tcp_address[128];  // of this machine, for ranks elsewhere; "" if nobody has said
 };
+
+// What a rank has to carry rows where memory is not reached.
+enum EngineKind : int32_t { kEngineNone, kEngineTcp, kEngineCaller };
 
 mep_status_t local_facts(const Device &device, int32_t backend, RankFacts *facts);
 
@@ -40,8 +46,10 @@ enum class Trial : uint8_t {
 // All of it, the same on every rank.
 struct GroupFacts {
     std::vector<RankFacts> ranks;
-    std::vector<Access> access;  // [from][to] from the rank's device to the peer's memory
-    std::vector<Trial> trials;   // [from][to]; empty until they were made
+    std::vector<Access> access;       // [from][to] from the rank's device to the peer's memory
+    std::vector<Trial> trials;        // [from][to]; empty until they were made
+    EngineKind engine = kEngineNone;  // as choose_engine() says
+    std::string no_engine;            // why, if it is that
 
     int rank_count() const { return static_cast<int>(ranks.size()); }
     Access access_of(int from, int to) const { return access[size_t(from) * rank_count() + to]; }
@@ -50,11 +58,18 @@ struct GroupFacts {
     }
 };
 
+// What carries rows between ranks that do not reach each other's memory, the same for the group.
+void choose_engine(GroupFacts *facts);
+
 struct TransportChoice {
     int32_t kind;  // MEP_TRANSPORT_*
     const char *name;
     std::string reason;  // why this one, and why not something faster
 };
+
+inline bool is_by_memory(const TransportChoice &choice) {
+    return choice.kind != MEP_TRANSPORT_NONE && choice.kind != MEP_TRANSPORT_COLLECTIVE;
+}
 
 // Of the pair, in either order.
 TransportChoice choose_transport(const GroupFacts &facts, int one, int other);

@@ -10,7 +10,7 @@ mep_status_t PeerWindows::create(Device *device, size_t bytes, int rank_count) {
 }
 
 mep_status_t PeerWindows::connect(Device *device, const std::vector<WindowHandle> &handles,
-                                  int rank) {
+                                  int rank, const std::vector<bool> &far) {
     mappings_.resize(handles.size());
     for (size_t peer = 0; peer < handles.size(); ++peer) {
         if (static_cast<int>(peer) == rank) {
@@ -21,7 +21,7 @@ mep_status_t PeerWindows::connect(Device *device, const std::vector<WindowHandle
             return fail(MEP_MISMATCH, "rank %zu has a window of %llu bytes, this rank of %llu",
                         peer, static_cast<unsigned long long>(handles[peer].bytes),
                         static_cast<unsigned long long>(handles[rank].bytes));
-        EP_TRY(device->open_window(handles[peer], &mappings_[peer]));
+        if (!far[peer]) EP_TRY(device->open_window(handles[peer], &mappings_[peer]));
     }
     return MEP_OK;
 }
@@ -29,7 +29,7 @@ mep_status_t PeerWindows::connect(Device *device, const std::vector<WindowHandle
 std::vector<char *> PeerWindows::addresses() const {
     std::vector<char *> addresses;
     for (const auto &mapping : mappings_)
-        addresses.push_back(mapping->data());
+        addresses.push_back(mapping == nullptr ? nullptr : mapping->data());
     return addresses;
 }
 

@@ -16,13 +16,15 @@ class PeerWindows {
 
     WindowHandle handle() const { return own_->handle(); }
 
-    // Maps the window of each rank from its handle [rank_count].
-    mep_status_t connect(Device *device, const std::vector<WindowHandle> &handles, int rank);
+    // Maps the window of each rank from its handle [rank_count], but for those that are `far`
+    // [rank_count].
+    mep_status_t connect(Device *device, const std::vector<WindowHandle> &handles, int rank,
+                         const std::vector<bool> &far);
 
     // To be called when all ranks have connected.
     void seal() { own_->seal(); }
 
-    // Each rank's window, as mapped here.
+    // Each rank's window, as mapped here; nullptr: it is far.
     std::vector<char *> addresses() const;
 
   private:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import importlib
 import math
 import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ._callbacks import AllGather, AllToAll, Callbacks, mpi_all_to_all, torch_all_to_all
 from ._ffi import ffi
 from ._lib import BACKENDS, EpError, backend_code, check, failure, lib, struct, text, timeout_us
-
-# Gathers one bytes object of the same length from each rank, ordered by rank. Blocking.
-AllGather = Callable[[bytes], Sequence[bytes]]
 
 _BACKEND_NAMES = {code: name for name, code in BACKENDS.items()}
 _BARRIER = b"\0"
@@ -77,22 +74,22 @@ class Group:
     """One rank of a set of ranks that exchange tokens. Make one with a ``from_*`` method.
 
     Joining is collective and blocking. All of them take ``backend`` ("cpu", "cuda" or "maca"),
-    ``device_id`` of that backend, and ``timeout_s``, the limit in seconds of each wait for another
-    rank, now and in later calls (None: 100 s; math.inf: never).
+    ``device_id`` of that backend, ``timeout_s``, the limit in seconds of each wait for another
+    rank, now and in later calls (None: 100 s; math.inf: never), and ``disable_p2p``: reach no
+    peer's memory, as if there were no way to it (also MOONCAKE_EP_DISABLE_P2P=1).
 
-    Errors of all of them: ValueError; NotImplementedError (backend not available, ranks on
-    different hosts); EpTimeoutError (names the missing ranks); EpError (ranks disagree, wrong
-    secret, rank taken, connection lost).
+    Errors of all of them: ValueError; NotImplementedError (backend not available); EpTimeoutError
+    (names the missing ranks); EpError (ranks disagree, wrong secret, rank taken, connection lost).
 
     A group, and the buffers made from it, belong to one thread at a time. Use it as a context
     manager or call close().
     """
 
-    def __init__(self, exchange: _Exchange | None = None, **fields: Any) -> None:
+    def __init__(self, callbacks: Callbacks | None = None, **fields: Any) -> None:
         """Join with these fields of mep_group_config_t; for the ``from_*`` methods."""
-        self._exchange = exchange
-        if exchange is not None:
-            fields["all_gather"] = exchange.callback
+        self._callbacks = callbacks
+        if callbacks is not None:
+            fields |= callbacks.fields
         config = struct("mep_group_config_t", **fields)
         group = ffi.new("mep_group_t **")
         self._check(lib.mep_group_create(config, group))
@@ -108,13 +105,18 @@ class Group:
 
     @classmethod
     def from_env(
-        cls, *, backend: str = "cpu", device_id: int = 0, timeout_s: float | None = None
+        cls,
+        *,
+        backend: str = "cpu",
+        device_id: int = 0,
+        timeout_s: float | None = None,
+        disable_p2p: bool = False,
     ) -> Group:
         """Join by the variables that torchrun sets: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 
         Rank 0 listens on MASTER_PORT + MOONCAKE_EP_PORT_OFFSET (default 1).
         """
-        return cls(**_fields(backend, device_id, timeout_s))
+        return cls(**_fields(backend, device_id, timeout_s, disable_p2p))
 
     @classmethod
     def from_unique_id(
@@ -126,9 +128,10 @@ class Group:
         backend: str = "cpu",
         device_id: int = 0,
         timeout_s: float | None = None,
+        disable_p2p: bool = False,
     ) -> Group:
         """Join over TCP the group that create_unique_id() started."""
-        fields = _fields(backend, device_id, timeout_s)
+        fields = _fields(backend, device_id, timeout_s, disable_p2p)
         fields["unique_id"] = _unique_id(unique_id)
         return cls(rank=rank, rank_count=rank_count, **fields)
 
@@ -141,11 +144,12 @@ class Group:
         backend: str = "cpu",
         device_id: int = 0,
         timeout_s: float | None = None,
+        disable_p2p: bool = False,
     ) -> Group:
         """Join the other threads of this process that do so with the same world."""
         if not world._destroy.alive:
             raise EpError("the world is closed")
-        fields = _fields(backend, device_id, timeout_s)
+        fields = _fields(backend, device_id, timeout_s, disable_p2p)
         group = cls(rank=rank, rank_count=world.rank_count, world=world._c, **fields)
         group._world = world
         return group
@@ -154,21 +158,27 @@ class Group:
     def from_callback(
         cls,
         all_gather: AllGather,
+        all_to_all: AllToAll | None = None,
         *,
         rank: int,
         rank_count: int,
         backend: str = "cpu",
         device_id: int = 0,
         timeout_s: float | None = None,
+        disable_p2p: bool = False,
     ) -> Group:
-        """Join over the caller's own all-gather of bytes.
+        """Join over the caller's own collectives.
 
-        It is called now and when buffers are created, with a bytes object of the same length on
-        each rank, and returns those of all ranks in their order. What it raises is raised here.
+        ``all_gather`` is called now and when buffers are created, with a bytes object of the same
+        length on each rank, and returns those of all ranks in their order. What it raises is raised
+        here. ``all_to_all`` carries rows between ranks that do not reach each other's memory (None:
+        TCP does): it is called while rounds are sent, with lists of memoryviews by rank, sends the
+        first ones and fills the second ones; some are empty. What it raises becomes the cause of an
+        EpError.
         """
-        exchange = _Exchange(all_gather, rank_count)
-        fields = _fields(backend, device_id, timeout_s)
-        return cls(exchange, rank=rank, rank_count=rank_count, **fields)
+        callbacks = Callbacks(rank_count, all_gather, all_to_all)
+        fields = _fields(backend, device_id, timeout_s, disable_p2p)
+        return cls(callbacks, rank=rank, rank_count=rank_count, **fields)
 
     @classmethod
     def from_torch(
@@ -178,10 +188,12 @@ class Group:
         backend: str = "cpu",
         device_id: int = 0,
         timeout_s: float | None = None,
+        disable_p2p: bool = False,
     ) -> Group:
         """Join the ranks of a torch.distributed process group (None: the default one).
 
-        Anything goes for which torch.distributed.all_gather_object() works.
+        Anything goes for which torch.distributed.all_gather_object() works. Where memory is not
+        reached, rows go by its all_to_all_single().
         """
         distributed = importlib.import_module("torch.distributed")
         rank_count = distributed.get_world_size(process_group)
@@ -193,11 +205,13 @@ class Group:
 
         return cls.from_callback(
             all_gather,
+            torch_all_to_all(process_group),
             rank=distributed.get_rank(process_group),
             rank_count=rank_count,
             backend=backend,
             device_id=device_id,
             timeout_s=timeout_s,
+            disable_p2p=disable_p2p,
         )
 
     @classmethod
@@ -208,23 +222,34 @@ class Group:
         backend: str = "cpu",
         device_id: int = 0,
         timeout_s: float | None = None,
+        disable_p2p: bool = False,
     ) -> Group:
-        """Join the ranks of an mpi4py communicator, by Get_rank, Get_size and allgather."""
+        """Join the ranks of an mpi4py communicator, by Get_rank, Get_size and allgather.
+
+        Where memory is not reached, rows go by Alltoallv, if it has one, or else by TCP.
+        """
         return cls.from_callback(
             comm.allgather,
+            mpi_all_to_all(comm) if hasattr(comm, "Alltoallv") else None,
             rank=comm.Get_rank(),
             rank_count=comm.Get_size(),
             backend=backend,
             device_id=device_id,
             timeout_s=timeout_s,
+            disable_p2p=disable_p2p,
         )
 
     @classmethod
     def single(
-        cls, *, backend: str = "cpu", device_id: int = 0, timeout_s: float | None = None
+        cls,
+        *,
+        backend: str = "cpu",
+        device_id: int = 0,
+        timeout_s: float | None = None,
+        disable_p2p: bool = False,
     ) -> Group:
         """Make a group of one rank, with nobody to meet."""
-        return cls(rank=0, rank_count=1, **_fields(backend, device_id, timeout_s))
+        return cls(rank=0, rank_count=1, **_fields(backend, device_id, timeout_s, disable_p2p))
 
     @property
     def size(self) -> int:
@@ -280,49 +305,27 @@ class Group:
             raise EpError("the group is closed")
         return self._c
 
+    def _take_error(self) -> BaseException | None:
+        """Return what a collective of the caller has raised, once."""
+        return None if self._callbacks is None else self._callbacks.take_error()
+
     def _check(self, status: int) -> None:
-        """Raise what the caller's all-gather raised, else what the status stands for."""
-        raised = self._exchange.take_error() if self._exchange is not None else None
+        """Raise what the caller's collective raised, else what the status stands for."""
+        raised = self._take_error()
         if raised is not None:
             raise raised
         if status != 0:
             raise failure(status)
 
 
-class _Exchange:
-    """The caller's all-gather as a C callback; keeps what it raised for Python to raise again."""
-
-    def __init__(self, all_gather: AllGather, rank_count: int) -> None:
-        self._all_gather = all_gather
-        self._rank_count = rank_count
-        self._error: BaseException | None = None
-        self.callback = ffi.callback("mep_all_gather_callback_t")(self._call)
-
-    def take_error(self) -> BaseException | None:
-        """Return what the last call raised, once."""
-        error, self._error = self._error, None
-        return error
-
-    def _call(self, _context: Any, send: Any, receive: Any, count: int) -> int:
-        try:
-            gathered = list(self._all_gather(bytes(ffi.buffer(send, count))))
-            lengths = [len(part) for part in gathered]
-            if lengths != [count] * self._rank_count:
-                raise ValueError(
-                    f"all_gather returned lengths {lengths}, not {self._rank_count} times {count}"
-                )
-            ffi.memmove(receive, b"".join(gathered), count * self._rank_count)
-        except BaseException as error:  # C cannot pass it on; _check() raises it again
-            self._error = error
-            return 1
-        return 0
-
-
-def _fields(backend: str, device_id: int, timeout_s: float | None) -> dict[str, Any]:
+def _fields(
+    backend: str, device_id: int, timeout_s: float | None, disable_p2p: bool
+) -> dict[str, Any]:
     return {
         "backend": backend_code(backend),
         "device_id": device_id,
         "timeout_us": timeout_us(timeout_s),
+        "disable_p2p": bool(disable_p2p),
     }
 
 

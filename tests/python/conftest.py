@@ -69,12 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _why_not(item: pytest.Item) -> str | None:
     """Return why a test is skipped with this backend."""
-    if devices.on_cpu() or item.get_closest_marker("gpu"):
+    if devices.backend() == "cpu" or item.get_closest_marker("gpu"):
         return None
     if not item.get_closest_marker("any_backend"):
         return "it is about the CPU, or says itself where it computes"
     cpu_only = item.get_closest_marker("cpu_only")
-    if cpu_only:
+    if cpu_only and not devices.on_cpu():
         return f"only on the CPU: {cpu_only.args[0]}"
     info = ep.backend_info("cuda")
     unavailable = devices.backend() == "cuda" and not info.available
@@ -86,14 +86,14 @@ def run(request: pytest.FixtureRequest) -> Runner:
     """Run a function on ranks of either kind: ``run(body, rank_count, *arguments)``."""
     if request.param == "processes":
         return run_processes
-    return _run_threads_with_gpus if devices.backend() == "cuda" else run_threads
+    return run_threads_if_they_can
 
 
-def _run_threads_with_gpus(
+def run_threads_if_they_can(
     body: Body, rank_count: int, *arguments: Any, **options: Any
 ) -> list[Any]:
-    if devices.share_gpus(rank_count):
-        pytest.skip(f"{rank_count} ranks that are threads need a GPU each")
+    if devices.need_processes(rank_count):
+        pytest.skip(f"{rank_count} ranks that are threads need a GPU each, or another engine")
     return run_threads(body, rank_count, *arguments, **options)
 
 
@@ -126,7 +126,8 @@ def _threads() -> set[threading.Thread]:
 @pytest.fixture(autouse=True)
 def nothing_leaks(pools: None) -> Iterator[None]:
     """Compare what the process holds before and after the test."""
-    if devices.backend() == "cuda":  # it opens descriptors when it likes, and processes stay
+    # Processes stay, and CUDA opens descriptors when it likes.
+    if devices.backend() in ("cuda", "gloo"):
         yield
         return
     memory, children, descriptors, threads = (

@@ -3,7 +3,9 @@
 Tests are written once, with NumPy arrays. ``--backend`` (conftest.py) says where they compute:
   cpu    NumPy arrays as they are: the buffer is an ep.Buffer;
   cuda   copies on the rank's GPU, by torch;
-  torch  copies on the CPU, by torch: what is done for cuda, to be tried without a GPU.
+  torch  copies on the CPU, by torch: what is done for cuda, to be tried without a GPU;
+  tcp    as cpu, but no rank reaches another's memory: rows go by TCP;
+  gloo   the same by torch.distributed's gloo.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import numpy as np
 import mooncake_ep as ep
 
 VARIABLE = "MOONCAKE_EP_TEST_BACKEND"  # so that ranks that are processes know it
-BACKENDS = ("cpu", "cuda", "torch")
+BACKENDS = ("cpu", "cuda", "torch", "tcp", "gloo")
+_ENGINES = ("tcp", "gloo")
 # Types that NumPy has only by ml_dtypes; torch makes no NumPy arrays of them.
 _INTEGERS = {"bfloat16": "int16", "float8_e4m3fn": "uint8"}
 _ALIGNMENT = 64  # bytes; an array on a device is as far from a multiple of it as on the host
@@ -32,23 +35,32 @@ def backend() -> str:
 
 def on_cpu() -> bool:
     """Tell whether arrays stay as they are."""
-    return backend() == "cpu"
+    return backend() == "cpu" or by_engine()
+
+
+def by_engine() -> bool:
+    """Tell whether rows go by an engine between all ranks."""
+    return backend() in _ENGINES
 
 
 def group_options(rank: int) -> dict[str, Any]:
     """Make the arguments of a rank's group that say where it computes."""
     if backend() != "cuda":
-        return {"backend": "cpu", "device_id": 0}
+        return {"backend": "cpu", "device_id": 0, "disable_p2p": by_engine()}
     return {"backend": "cuda", "device_id": rank % ep.backend_info("cuda").device_count}
 
 
-def share_gpus(rank_count: int) -> bool:
-    """Tell whether there are more ranks than GPUs that they compute on."""
+def need_processes(rank_count: int) -> bool:
+    """Tell whether ranks have to be processes."""
+    if backend() == "gloo":
+        return True
     return backend() == "cuda" and rank_count > ep.backend_info("cuda").device_count
 
 
 def warm_up(rank: int) -> None:
     """Start what takes seconds to start, before anybody has a deadline."""
+    if backend() == "gloo":
+        importlib.import_module("torch.distributed")
     if backend() == "cuda":
         torch = importlib.import_module("torch")
         torch.zeros(1, device=torch.device("cuda", group_options(rank)["device_id"])).cpu()

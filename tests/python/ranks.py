@@ -4,15 +4,20 @@ The function gets a Rank, joins with ``rank.join()``, and its result comes back.
 rank is raised again here; ranks that are still running at the deadline are killed (threads cannot
 be: they are daemons, and their group's timeout is shorter than the deadline).
 
-On GPUs, processes stay for the next run, because torch and CUDA take seconds to start; ranks that
-are threads have a GPU each, because threads that share one wait for each other's kernels.
+On GPUs and with gloo, processes stay for the next run, because torch and CUDA take seconds to
+start; ranks that are threads have a GPU each, because threads that share one wait for each other's
+kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import importlib
 import multiprocessing
 import os
+import socket
+import sys
 import threading
 import time
 import traceback
@@ -23,7 +28,7 @@ from typing import Any
 
 import mooncake_ep as ep
 from devices import backend as default_backend
-from devices import group_options, share_gpus, warm_up
+from devices import group_options, need_processes, warm_up
 
 DEADLINE_S = 60.0
 TIMEOUT_S = 10.0  # of the groups, less than the deadline
@@ -55,8 +60,30 @@ class Rank:
         if self.world is not None:
             return ep.Group.from_world(self.world, rank=self.rank, **options)
         assert self.unique_id is not None
+        if backend is None and default_backend() == "gloo":
+            self._start_gloo()
+            return ep.Group.from_torch(**options)
         return ep.Group.from_unique_id(
             self.unique_id, rank=self.rank, rank_count=self.rank_count, **options
+        )
+
+    def _start_gloo(self) -> None:
+        """Make torch's default process group, over a port that rank 0 finds."""
+        distributed = importlib.import_module("torch.distributed")
+        assert self.unique_id is not None
+        with ep.Group.from_unique_id(
+            self.unique_id, rank=self.rank, rank_count=self.rank_count
+        ) as meeting:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                mine = free.getsockname()[1].to_bytes(4, "little")
+            port = int.from_bytes(meeting.all_gather(mine)[0], "little")
+        distributed.init_process_group(
+            "gloo",
+            f"tcp://127.0.0.1:{port}",
+            rank=self.rank,
+            world_size=self.rank_count,
+            timeout=datetime.timedelta(seconds=TIMEOUT_S),
         )
 
 
@@ -136,7 +163,7 @@ def run_processes(
 
 def run_ranks(body: Body, rank_count: int, *arguments: Any) -> list[Any]:
     """Run as threads, which start at once, or as processes where threads would share a GPU."""
-    run = run_processes if share_gpus(rank_count) else run_threads
+    run = run_processes if need_processes(rank_count) else run_threads
     return run(body, rank_count, *arguments)
 
 
@@ -149,13 +176,13 @@ class _Child:
     pipe: Connection
 
 
-_kept: list[_Child] = []  # those on GPUs, by rank
+_kept: list[_Child] = []  # those on GPUs or with gloo, by rank
 
 
 @contextlib.contextmanager
 def _children(rank_count: int) -> Iterator[list[Connection]]:
     """Lend a pipe to a process for each rank; see _serve()."""
-    children = _kept if default_backend() == "cuda" else []
+    children = _kept if default_backend() in ("cuda", "gloo") else []
     try:
         started = [_start(rank) for rank in range(len(children), rank_count)]
         children += started
@@ -211,3 +238,6 @@ def _run(pipe: Connection, body: Body, rank: Rank, arguments: tuple[Any, ...]) -
         pipe.send(("result", body(rank, *arguments)))
     except BaseException:
         pipe.send(("error", f"failed:\n{traceback.format_exc()}"))
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -83,6 +83,12 @@ void await(const std::atomic<int> &counter, int goal) {
         sched_yield();
 }
 
+// The tests run once more with P2P disabled.
+bool reaches_nobody() {
+    return getenv("MOONCAKE_EP_DISABLE_P2P") != nullptr;
+}
+constexpr const char *kWhyReachesNobody = "no memory is reached in this run";
+
 TEST_F(Processes, CarryTokensThereAndBack) {
     for (const int rank_count : {2, 3})
         for (const int thread_count : {1, 2})
@@ -96,6 +102,7 @@ TEST_F(Processes, CarryTokensThereAndBack) {
 }
 
 TEST_F(Processes, ReachEachOtherThroughSharedMemory) {
+    if (reaches_nobody()) GTEST_SKIP() << kWhyReachesNobody;
     run(2, [](int rank, const Group &group) {
         mep_transport_info_t info{};
         info.struct_size = sizeof info;
@@ -105,8 +112,9 @@ TEST_F(Processes, ReachEachOtherThroughSharedMemory) {
     });
 }
 
-// No file may grow in one of them, and so no shared memory.
-TEST_F(Processes, SayTogetherWhoCannotBeReached) {
+// No file may grow in one of them, and so no shared memory. The others still share theirs.
+TEST_F(Processes, GoAnotherWayToARankThatCannotShareItsMemory) {
+    if (reaches_nobody()) GTEST_SKIP() << kWhyReachesNobody;
     expect_warnings();
     fork_ranks(3, [](const mep_group_config_t &config) {
         rlimit before{};
@@ -119,23 +127,20 @@ TEST_F(Processes, SayTogetherWhoCannotBeReached) {
         const Group group = make_group(config);
         setrlimit(RLIMIT_FSIZE, &before);
         for (int peer = 0; peer < 3; ++peer) {
+            if (peer == config.rank) continue;
             mep_transport_info_t info{};
             info.struct_size = sizeof info;
             EXPECT_EQ(mep_group_query_transport(group.get(), peer, &info), MEP_OK);
-            const bool apart = peer != config.rank && (peer == 1 || config.rank == 1);
-            EXPECT_EQ(info.kind == MEP_TRANSPORT_NONE, apart) << config.rank << " to " << peer;
+            const bool apart = peer == 1 || config.rank == 1;
+            EXPECT_EQ(info.kind, apart ? MEP_TRANSPORT_COLLECTIVE : MEP_TRANSPORT_SHM);
             if (apart) {
-                EXPECT_STREQ(info.reason, "rank 1 cannot share its memory");
+                EXPECT_STREQ(info.reason, "by TCP: rank 1 cannot share its memory");
             }
         }
-        mep_buffer_t *buffer = nullptr;
         const mep_buffer_config_t shape = buffer_config(3);
-        EXPECT_EQ(mep_buffer_create(group.get(), &shape, &buffer), MEP_UNSUPPORTED);
-        EXPECT_EQ(buffer, nullptr);
-        EXPECT_STREQ(mep_last_error(),
-                     "ranks 0 and 1 cannot reach each other: rank 1 cannot share its memory; nor "
-                     "can 1 more pair")
-            << "rank " << config.rank;
+        const Buffer buffer = make_buffer(group, shape);
+        for (uint64_t seed = 1; seed <= 10; ++seed)
+            expect_round(buffer, Plan::of(shape, 3, seed), config.rank);
     });
 }
 

@@ -37,6 +37,7 @@ struct Rig {
     Carriage carriage = Carriage::kFlag;
     bool bulk_copies = true;  // where the device has them
     bool fences = true;       // the same
+    bool far = false;         // no rank has another's window mapped
     bool fp32_partials = false;
     int idx_bytes = 8;
     int rounds_in_flight = 2;
@@ -120,16 +121,25 @@ class Fleet {
     explicit Fleet(const Rig &rig) : rig_(rig), layout_(rig.layout()) {
         for (int rank = 0; rank < rig.ranks; ++rank) {
             Member &member = members_.emplace_back();
-            void *window = nullptr;
-            if (posix_memalign(&window, Layout::kLineBytes, layout_.bytes) != 0) std::abort();
-            std::memset(window, 0, layout_.bytes);
-            member.window.reset(static_cast<char *>(window));
+            member.window = new_window();
+            if (rig.far) member.outbox = new_window();
             member.active.assign(rig.ranks, 1);
             if (create_workers(rig.threads, &member.workers) != MEP_OK) std::abort();
             member.tally.resize(size_t(rig.experts) *
                                 tally_row_count(kernels_.chunk_count_max(queue(rank))));
             windows_.push_back(member.window.get());
         }
+        for (int rank = 0; rank < rig.ranks; ++rank)
+            for (int peer = 0; peer < rig.ranks; ++peer) {
+                const bool far = rig.far && peer != rank;
+                members_[rank].far.push_back(far);
+                members_[rank].mapped.push_back(far ? nullptr : windows_[peer]);
+            }
+        for (Member &member : members_)
+            if (rig.far) {
+                member.state.far = member.far.data();
+                member.state.outbox = member.outbox.get();
+            }
     }
 
     const Rig &rig() const { return rig_; }
@@ -173,6 +183,14 @@ class Fleet {
         kernels_.combine(combine_args(task), Phases::kBoth, queue(task.rank));
     }
 
+    // What an engine carries between far ranks, [from][to].
+    using Parcels = std::vector<std::vector<std::vector<char>>>;
+    void send_weights(Task &task) {
+        kernels_.combine_weights(combine_args(task), queue(task.rank));
+    }
+    std::vector<std::vector<char>> pack(Cargo cargo, Task &task);
+    void place(Cargo cargo, Task &task, Parcels &parcels);
+
     void set_timeout_ns(uint64_t timeout_ns) { rig_.timeout_ns = timeout_ns; }
 
     // Does everything a rank got agree with the oracle, and is everything else as it was?
@@ -187,12 +205,21 @@ class Fleet {
     struct Free {
         void operator()(char *memory) const { std::free(memory); }
     };
+    using Memory = std::unique_ptr<char, Free>;
     struct Member {
-        std::unique_ptr<char, Free> window;
+        Memory window, outbox;
+        std::vector<char *> mapped;  // [rank]
         BufferState state{};
-        std::vector<int32_t> active, tally;
+        std::vector<int32_t> active, tally, far;
         std::unique_ptr<Workers> workers;
     };
+
+    Memory new_window() const {
+        void *window = nullptr;
+        if (posix_memalign(&window, Layout::kLineBytes, layout_.bytes) != 0) std::abort();
+        std::memset(window, 0, layout_.bytes);
+        return Memory(static_cast<char *>(window));
+    }
 
     Queue queue(int rank) const {
         Queue queue;
@@ -212,6 +239,7 @@ class Fleet {
     ep::Round kernel_round(Task &task);
     DispatchArgs dispatch_args(Task &task);
     CombineArgs combine_args(Task &task);
+    ParcelArgs parcel_args(Cargo cargo, Task &task);
 
     float scale_at(const Task &task, size_t row, int group) const {
         const size_t rows = rig_.rows();
@@ -326,9 +354,9 @@ inline ep::Round Fleet::kernel_round(Task &task) {
     ep::Round round{};
     round.layout = layout_;
     round.rank = task.rank;
-    round.windows = windows_.data();
+    round.windows = member.mapped.data();
     for (int peer = 0; peer < rig_.ranks && peer < kWindowsAtHand; ++peer)
-        round.first_windows[peer] = windows_[peer];
+        round.first_windows[peer] = member.mapped[peer];
     round.state = &member.state;
     round.routing = {
         &task.state,        task.choices.data(),    task.positions.data(), task.token_counts.data(),
@@ -376,6 +404,50 @@ inline CombineArgs Fleet::combine_args(Task &task) {
     args.out = task.out.data();
     args.out_stride = rig_.combine_row_bytes() + Task::kGap;
     return args;
+}
+
+inline ParcelArgs Fleet::parcel_args(Cargo cargo, Task &task) {
+    const auto whole = [](size_t bytes) { return (bytes + 15) / 16 * 16; };
+    ParcelArgs args{};
+    args.round = kernel_round(task);
+    args.cargo = cargo;
+    args.body_bytes =
+        cargo == Cargo::kMessages
+            ? layout_.head_bytes - kHeadFlagBytes + whole(rig_.out_row_bytes() + rig_.scale_bytes())
+        : cargo == Cargo::kWeights ? layout_.weight_bytes - kHeadFlagBytes
+                                   : whole(size_t(rig_.hidden) * (rig_.wide_partials() ? 4 : 2));
+    return args;
+}
+
+inline std::vector<std::vector<char>> Fleet::pack(Cargo cargo, Task &task) {
+    ParcelArgs args = parcel_args(cargo, task);
+    std::vector<std::vector<char>> parcels(rig_.ranks);
+    std::vector<char *> places;
+    std::vector<uint64_t> sizes(rig_.ranks);
+    for (std::vector<char> &parcel : parcels) {
+        parcel.resize(args.bytes(rig_.tokens_max));
+        places.push_back(parcel.data());
+    }
+    args.parcels = places.data();
+    args.sizes = sizes.data();
+    kernels_.pack(args, queue(task.rank));
+    for (int peer = 0; peer < rig_.ranks; ++peer)
+        parcels[peer].resize(sizes[peer]);
+    return parcels;
+}
+
+inline void Fleet::place(Cargo cargo, Task &task, Parcels &parcels) {
+    ParcelArgs args = parcel_args(cargo, task);
+    std::vector<char *> places;
+    std::vector<uint64_t> sizes;
+    for (std::vector<std::vector<char>> &from : parcels) {
+        from[task.rank].shrink_to_fit();  // so that a sanitizer sees its end
+        places.push_back(from[task.rank].data());
+        sizes.push_back(from[task.rank].size());
+    }
+    args.parcels = places.data();
+    args.sizes = sizes.data();
+    kernels_.place(args, queue(task.rank));
 }
 
 // ---- Checks

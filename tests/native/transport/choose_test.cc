@@ -30,6 +30,7 @@ struct Group {
         }
         const Access all = backend == MEP_BACKEND_CPU ? Access::kSame : Access::kPeer;
         facts.access.assign(places.size() * places.size(), all);
+        choose_engine(&facts);
     }
     Access &access(int from, int to) { return facts.access[from * facts.rank_count() + to]; }
     // After trials that all arrived.
@@ -63,6 +64,8 @@ void expect_one_answer(const GroupFacts &facts) {
         }
 }
 
+const std::string kNothingElse = "; nothing else carries rows of this backend yet";
+
 TEST(Choice, FollowsWhereRanksAre) {
     const Group cpus(MEP_BACKEND_CPU, {{0, 1, 0}, {0, 1, 0}, {0, 2, 0}, {1, 3, 0}});
     EXPECT_EQ(choose_transport(cpus.facts, 0, 0).kind, MEP_TRANSPORT_SELF);
@@ -71,8 +74,8 @@ TEST(Choice, FollowsWhereRanksAre) {
     EXPECT_EQ(choose_transport(cpus.facts, 2, 3).kind, 0);
     EXPECT_EQ(
         cpus.unreachable(),
-        "ranks 0 and 3 cannot reach each other: they are on different hosts, and this version "
-        "moves rows only inside one; nor can 2 more pairs");
+        "ranks 0 and 3 cannot reach each other: they are on different hosts; nothing else carries "
+        "rows of this backend yet; nor can 2 more pairs");
     const Group gpus(MEP_BACKEND_CUDA, {{0, 1, 0}, {0, 1, 1}, {0, 2, 2}});
     EXPECT_EQ(choose_transport(gpus.facts, 0, 1).kind, MEP_TRANSPORT_THREAD);
     EXPECT_EQ(choose_transport(gpus.facts, 0, 2).kind, MEP_TRANSPORT_IPC);
@@ -92,7 +95,8 @@ TEST(Choice, KeepsToIslands) {
                       one / 4 == other / 4 ? MEP_TRANSPORT_IPC : 0);
     EXPECT_EQ(group.unreachable(),
               "ranks 0 and 4 cannot reach each other: the device of rank 0 has no peer access to "
-              "that of rank 4; nor can 15 more pairs");
+              "that of rank 4" +
+                  kNothingElse + "; nor can 15 more pairs");
     expect_one_answer(group.facts);
 }
 
@@ -103,7 +107,8 @@ TEST(Choice, SaysHowToOpenTheGate) {
     group.access(0, 2) = Access::kGated;
     EXPECT_EQ(group.unreachable(),
               "ranks 0 and 2 cannot reach each other: GPUs 3-1 of rank 0 and rank 2 are not near; "
-              "MOONCAKE_EP_MACA_P2P_PAIRS=3-1 or MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 allows them");
+              "MOONCAKE_EP_MACA_P2P_PAIRS=3-1 or MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 allows them" +
+                  kNothingElse);
     expect_one_answer(group.facts);
 }
 
@@ -112,7 +117,8 @@ TEST(Choice, NeedsBothDirections) {
     group.access(2, 1) = Access::kRefused;
     EXPECT_EQ(group.unreachable(),
               "ranks 1 and 2 cannot reach each other: the device of rank 2 has no peer access to "
-              "that of rank 1");
+              "that of rank 1" +
+                  kNothingElse);
     EXPECT_EQ(choose_transport(group.facts, 0, 1).kind, MEP_TRANSPORT_IPC);
     expect_one_answer(group.facts);
 }
@@ -145,10 +151,57 @@ TEST(Choice, SaysWhatATrialFound) {
         group.trial(2, 1) = found.trial;
         EXPECT_EQ(choose_transport(group.facts, 1, 2).kind, 0);
         EXPECT_EQ(choose_transport(group.facts, 0, 1).kind, MEP_TRANSPORT_IPC);
-        EXPECT_EQ(group.unreachable(),
-                  std::string("ranks 1 and 2 cannot reach each other: ") + found.why);
+        EXPECT_EQ(group.unreachable(), std::string("ranks 1 and 2 cannot reach each other: ") +
+                                           found.why + kNothingElse);
         expect_one_answer(group.facts);
     }
+}
+
+// ---- Engines, for ranks that do not reach each other's memory
+// -------------------------------------
+
+Group cpus_of_two_hosts(EngineKind engine) {
+    Group group(MEP_BACKEND_CPU, {{0, 1, 0}, {0, 2, 0}, {1, 3, 0}});
+    for (RankFacts &rank : group.facts.ranks)
+        rank.engine = engine;
+    choose_engine(&group.facts);
+    return group;
+}
+
+TEST(Choice, TakesTheCallersEngineWhereMemoryIsNotReached) {
+    const Group group = cpus_of_two_hosts(kEngineCaller);
+    EXPECT_EQ(choose_transport(group.facts, 0, 1).kind, MEP_TRANSPORT_SHM);
+    EXPECT_EQ(choose_transport(group.facts, 0, 2).kind, MEP_TRANSPORT_COLLECTIVE);
+    EXPECT_EQ(choose_transport(group.facts, 2, 1).reason,
+              "by the caller's all_to_all: they are on different hosts");
+    EXPECT_EQ(group.unreachable(), "");
+    expect_one_answer(group.facts);
+}
+
+TEST(Choice, TakesTcpBetweenHostsOnlyIfAllHaveAnAddress) {
+    Group group = cpus_of_two_hosts(kEngineTcp);
+    EXPECT_EQ(
+        group.unreachable(),
+        "ranks 0 and 2 cannot reach each other: they are on different hosts; TCP carries rows "
+        "if MOONCAKE_EP_TCP_ADDRESS is set on every rank; nor can 1 more pair");
+    for (RankFacts &rank : group.facts.ranks)
+        std::snprintf(rank.tcp_address, sizeof rank.tcp_address, "10.0.0.1");
+    choose_engine(&group.facts);
+    EXPECT_EQ(group.unreachable(), "");
+    EXPECT_EQ(choose_transport(group.facts, 1, 2).reason, "by TCP: they are on different hosts");
+    expect_one_answer(group.facts);
+}
+
+TEST(Choice, ReachesNoMemoryOfARankThatDisablesIt) {
+    Group group(MEP_BACKEND_CPU, {{0, 1, 0}, {0, 1, 0}, {0, 1, 0}});
+    for (RankFacts &rank : group.facts.ranks)
+        rank.engine = kEngineTcp;  // on one host, so no address is needed
+    group.facts.ranks[1].p2p_disabled = 1;
+    choose_engine(&group.facts);
+    EXPECT_EQ(choose_transport(group.facts, 0, 2).kind, MEP_TRANSPORT_THREAD);
+    EXPECT_EQ(choose_transport(group.facts, 2, 1).reason,
+              "by TCP: MOONCAKE_EP_DISABLE_P2P or disable_p2p is set on rank 1");
+    expect_one_answer(group.facts);
 }
 
 // Ranks are only numbers: with others for the same places, each pair of places gets the same.

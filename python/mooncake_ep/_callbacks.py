@@ -1,0 +1,123 @@
+"""What a group calls back: the caller's collectives, as C callbacks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ._ffi import ffi
+
+# Gathers one bytes object of the same length from each rank, ordered by rank. Blocking.
+AllGather = Callable[[bytes], Sequence[bytes]]
+
+# Sends send[rank] to each rank and fills receive[rank] from it; both may be empty. Blocking.
+AllToAll = Callable[[list[memoryview], list[memoryview]], None]
+
+
+class Callbacks:
+    """C callbacks over Python functions; they keep what those raised for Python to raise again."""
+
+    def __init__(
+        self, rank_count: int, all_gather: AllGather | None, all_to_all: AllToAll | None
+    ) -> None:
+        """Wrap what is given."""
+        self._rank_count = rank_count
+        self._all_gather, self._all_to_all = all_gather, all_to_all
+        self._error: BaseException | None = None
+        self.fields: dict[str, Any] = {}  # of mep_group_config_t
+        if all_gather is not None:
+            self.fields["all_gather"] = ffi.callback("mep_all_gather_callback_t")(self._gather)
+        if all_to_all is not None:
+            self.fields["all_to_all"] = ffi.callback("mep_all_to_all_callback_t")(self._exchange)
+
+    def take_error(self) -> BaseException | None:
+        """Return what the last call raised, once."""
+        error, self._error = self._error, None
+        return error
+
+    def _gather(self, _context: Any, send: Any, receive: Any, count: int) -> int:
+        try:
+            assert self._all_gather is not None
+            gathered = list(self._all_gather(bytes(ffi.buffer(send, count))))
+            lengths = [len(part) for part in gathered]
+            if lengths != [count] * self._rank_count:
+                raise ValueError(
+                    f"all_gather returned lengths {lengths}, not {self._rank_count} times {count}"
+                )
+            ffi.memmove(receive, b"".join(gathered), count * self._rank_count)
+        except BaseException as error:  # C cannot pass it on; it is raised again after the call
+            self._error = error
+            return 1
+        return 0
+
+    def _exchange(
+        self, _context: Any, send: Any, send_bytes: Any, receive: Any, receive_bytes: Any
+    ) -> int:
+        try:
+            assert self._all_to_all is not None
+            self._all_to_all(self._views(send, send_bytes), self._views(receive, receive_bytes))
+        except BaseException as error:
+            self._error = error
+            return 1
+        return 0
+
+    def _views(self, addresses: Any, sizes: Any) -> list[memoryview]:
+        return [
+            memoryview(ffi.buffer(ffi.cast("char *", addresses[rank]), sizes[rank]))
+            if sizes[rank]
+            else memoryview(bytearray())
+            for rank in range(self._rank_count)
+        ]
+
+
+def torch_all_to_all(process_group: Any) -> AllToAll:
+    """Exchange over a torch.distributed process group that has all_to_all_single()."""
+    torch = importlib.import_module("torch")
+    distributed = importlib.import_module("torch.distributed")
+    # The bytes are the host's; NCCL and its like take them through their GPU.
+    backend = str(distributed.get_backend(process_group))
+    device = torch.device("cuda" if "nccl" in backend else "cpu")
+
+    def all_to_all(send: list[memoryview], receive: list[memoryview]) -> None:
+        joined = torch.frombuffer(bytearray(b"".join(send) or b"\0"), dtype=torch.uint8)
+        sizes = [len(part) for part in receive]
+        output = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        distributed.all_to_all_single(
+            output,
+            joined[: sum(map(len, send))].to(device),
+            sizes,
+            [len(part) for part in send],
+            group=process_group,
+        )
+        _scatter(memoryview(output.cpu().numpy()), receive)
+
+    return all_to_all
+
+
+def mpi_all_to_all(comm: Any) -> AllToAll:
+    """Exchange over an mpi4py communicator, by Alltoallv of bytes."""
+    byte = importlib.import_module("mpi4py.MPI").BYTE
+
+    def all_to_all(send: list[memoryview], receive: list[memoryview]) -> None:
+        joined, output = b"".join(send), bytearray(sum(map(len, receive)))
+        comm.Alltoallv(
+            [joined, _counts(send), byte],
+            [output, _counts(receive), byte],
+        )
+        _scatter(memoryview(output), receive)
+
+    return all_to_all
+
+
+def _counts(parts: list[memoryview]) -> tuple[list[int], list[int]]:
+    """Return the sizes and the offsets of parts that lie behind each other."""
+    sizes = [len(part) for part in parts]
+    return sizes, [sum(sizes[:rank]) for rank in range(len(sizes))]
+
+
+def _scatter(joined: memoryview, parts: list[memoryview]) -> None:
+    offset = 0
+    for part in parts:
+        part[:] = joined[offset : offset + len(part)]
+        offset += len(part)
