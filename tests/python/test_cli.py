@@ -269,6 +269,15 @@ def test_bench_prints_the_lines_that_tables_are_made_of() -> None:
 
 
 @needs_numpy
+def test_bench_says_that_rows_go_by_the_fallback() -> None:
+    done = cli(*_SMALL_BENCH, "--no-baselines", MOONCAKE_EP_DISABLE_P2P="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].startswith(
+        "mode=collective fallback=True ibgda_disabled=True fast=False transport=collective"
+    )
+
+
+@needs_numpy
 @pytest.mark.parametrize("payload", ["bf16", "fp8"])
 def test_bench_json_has_all_numbers(tmp_path: Path, payload: str) -> None:
     path = tmp_path / "bench.json"

@@ -13,7 +13,7 @@ from .arrays import random_choices, random_tokens
 from .devices import Gpu
 from .errors import CheckFailedError
 from .routing import Routing
-from .sizes import Sizes, make_buffer
+from .sizes import Sizes, make_buffer, transport_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +77,7 @@ def _run(context: RankContext, sizes: Sizes, gpu: Gpu) -> dict[str, Any]:
         gpu.torch.cuda.synchronize()
         group.barrier()
         mode = {
-            "transport": group.transport((group.rank + 1) % group.rank_count).name,
+            "transport": transport_names(group),
             "window_bytes": buffer.window_bytes,
             "sms": buffer.sms,
             "l2": clock.l2,

@@ -15,7 +15,7 @@ from .errors import CheckFailedError
 from .plain_copy import PlainCopy
 from .routing import Routing
 from .shared import FlagBarrier, share
-from .sizes import Sizes, make_buffer
+from .sizes import Sizes, make_buffer, transport_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,7 +69,7 @@ def _run(context: RankContext, sizes: Sizes) -> dict[str, Any]:
         _check(ours, baselines, routing)
         times = _time(context, ours, baselines)
         mode = {
-            "transport": group.transport((group.rank + 1) % group.rank_count).name,
+            "transport": transport_names(group),
             "threads": buffer.threads,
             "window_bytes": buffer.window_bytes,
         }

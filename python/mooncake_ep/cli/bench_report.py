@@ -45,17 +45,20 @@ def make(
             "rounds": arguments.rounds,
             "warmup": arguments.warmup,
         },
-        "mode": {
-            "mode": "runtime_p2p",
-            "fallback": False,
-            "ibgda_disabled": True,
-            "fast": True,
-            **results[0]["runs"][-1]["mode"],
-        },
+        "mode": _mode([result["runs"][-1]["mode"] for result in results]),
         "machine": info.machine(),
         **facts,
     }
     return report | ({"sweep": sized} if arguments.sweep else sized[0]["operations"])
+
+
+def _mode(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tell how rows go, in Mooncake's words, and what else rank 0 says about itself."""
+    names = {name for rank in ranks for name in rank["transport"].split("+")}
+    fallback = "collective" in names
+    mode = "runtime_p2p" if not fallback else "collective" if len(names) == 1 else "mixed"
+    words = {"mode": mode, "fallback": fallback, "ibgda_disabled": True, "fast": not fallback}
+    return {**words, **ranks[0], "transport": "+".join(sorted(names, reverse=True))}
 
 
 def _one_size(sizes: Sizes, runs: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:

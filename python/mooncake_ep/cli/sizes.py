@@ -186,6 +186,12 @@ def window_bytes(sizes: Sizes) -> int:
         ).window_bytes
 
 
+def transport_names(group: Group) -> str:
+    """Name how this rank reaches its peers: "shm", or "shm+collective" and so on."""
+    peers = [peer for peer in range(group.rank_count) if peer != group.rank] or [group.rank]
+    return "+".join(sorted({group.transport(peer).name for peer in peers}, reverse=True))
+
+
 def make_buffer(group: Group, sizes: Sizes, *, threads: int, max_sms: int = 0) -> Buffer:
     """Create the buffer of this rank; `max_sms` limits what a launch fills of a GPU. Collective."""
     from mooncake_ep import Buffer
