@@ -4,13 +4,13 @@
 #
 #   MEP_TEST_STAGES      which stages to run; default: default asan tsan wheel python cuda maca lint
 #   MEP_TEST_FRAMEWORKS  what pip installs for the Python tests, which skip what is not there;
-#                        default: torch==2.13.0 jax
+#                        default: torch==2.13.0 jax mpi4py mpich
 #   PYTHON               the interpreter of build/venv; default: python3
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 readonly STAGES=${MEP_TEST_STAGES-default asan tsan wheel python cuda maca lint}
-readonly FRAMEWORKS=${MEP_TEST_FRAMEWORKS-torch==2.13.0 jax}
+readonly FRAMEWORKS=${MEP_TEST_FRAMEWORKS-torch==2.13.0 jax mpi4py mpich}
 readonly PYTHON=${PYTHON:-python3}
 readonly LOGS=$PWD/build/logs VENV=$PWD/build/venv
 readonly CMAKE_VERSION_MIN=3.25
@@ -38,6 +38,7 @@ missing_packages() {
     "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
     compgen -G '/usr/*/lib/cmake/GTest/GTestConfig.cmake' >/dev/null ||
         compgen -G '/usr/lib/*/cmake/GTest/GTestConfig.cmake' >/dev/null || echo libgtest-dev
+    have ip || echo iproute2
 }
 
 # install PACKAGE...
@@ -124,7 +125,14 @@ stage_python() {
             echo "note: $framework could not be installed, its tests skip"
     done
     timeout -k 10 "$TESTS_SECONDS_MAX" \
-        "$VENV/bin/python" -m pytest tests/python --junit-xml="$LOGS/python.xml"
+        "$VENV/bin/python" -m pytest tests/python --junit-xml="$LOGS/python.xml" || return
+    # The API once more, by the engines of ranks that reach no memory of each other.
+    timeout -k 10 "$TESTS_SECONDS_MAX" "$VENV/bin/python" -m pytest --backend tcp \
+        --junit-xml="$LOGS/python_tcp.xml" tests/python/test_dispatch.py tests/python/test_rounds.py ||
+        return
+    "$VENV/bin/python" -c 'import torch' || return 0
+    timeout -k 10 "$TESTS_SECONDS_MAX" "$VENV/bin/python" -m pytest --backend gloo \
+        --junit-xml="$LOGS/python_gloo.xml" tests/python/test_dispatch.py -k "not any"
 }
 
 # ---- Lint -----------------------------------------------------------------------------------------

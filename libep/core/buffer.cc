@@ -309,9 +309,8 @@ Queue Buffer::queue(void *stream) const {
     return queue;
 }
 
-mep_status_t Buffer::carry(const Round &round, Cargo cargo, size_t body_bytes, int64_t timeout_us) {
-    if (!has_far_peers()) return MEP_OK;
-    const Deadline deadline(timeout_us == 0 ? group_->timeout_us() : timeout_us);
+mep_status_t Buffer::carry(const Round &round, Cargo cargo, size_t body_bytes,
+                           const Deadline &deadline) {
     return collective_.carry(round, cargo, body_bytes, queue(nullptr), deadline);
 }
 

@@ -47,7 +47,8 @@ class Buffer {
     int32_t *tally() const { return static_cast<int32_t *>(tally_.get()); }
 
     // Carries what a launch of SEND left for far peers; nothing if there are none.
-    mep_status_t carry(const Round &round, Cargo cargo, size_t body_bytes, int64_t timeout_us);
+    mep_status_t carry(const Round &round, Cargo cargo, size_t body_bytes,
+                       const Deadline &deadline);
     bool has_far_peers() const { return collective_.serves_any(); }
 
     // The mask for calls that bring none.

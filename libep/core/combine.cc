@@ -28,16 +28,17 @@ mep_status_t send_far(const Call &call, CombineArgs args) {
     Buffer &buffer = *call.buffer;
     Device &device = *buffer.device();
     const Queue queue = buffer.queue(call.stream);
+    const Deadline deadline = call.deadline();
     if (args.topk_weights != nullptr) {
         EP_TRY(device.launch_status(device.kernels().combine_weights(args, queue)));
         const size_t bytes = args.round.layout.weight_bytes - kHeadFlagBytes;
-        EP_TRY(buffer.carry(args.round, Cargo::kWeights, bytes, call.timeout_us));
+        EP_TRY(buffer.carry(args.round, Cargo::kWeights, bytes, deadline));
         args.weights_are_sent = true;
     }
     EP_TRY(device.launch_status(device.kernels().combine(args, Phases::kSend, queue)));
     const Element partial = args.fp32_partials ? Element::kFp32 : args.x_type;
     const size_t bytes = carried_bytes(size_t(args.round.hidden) * element_bytes(partial));
-    return buffer.carry(args.round, Cargo::kPartials, bytes, call.timeout_us);
+    return buffer.carry(args.round, Cargo::kPartials, bytes, deadline);
 }
 
 mep_status_t launch(const Call &call, const CombineArgs &args) {
@@ -63,7 +64,12 @@ mep_status_t combine(const Call &call, CombineArgs args) {
         handle.combine_in_flight = true;
         handle.combine_round = buffer.combines.send();
     }
-    EP_TRY(launch(call, args));
+    const mep_status_t launched = launch(call, args);
+    if (launched != MEP_OK && call.sends()) {  // nobody can receive it
+        buffer.combines.receive(handle.combine_round);
+        handle.combine_in_flight = false;
+    }
+    EP_TRY(launched);
     if (call.receives()) {
         buffer.combines.receive(handle.combine_round);
         handle.combine_in_flight = false;

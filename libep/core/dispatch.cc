@@ -39,7 +39,7 @@ mep_status_t launch(const Call &call, const DispatchArgs &args) {
     if (!buffer.has_far_peers()) return phase(call.kernel_phases());
     if (call.sends()) {
         EP_TRY(phase(Phases::kSend));
-        EP_TRY(buffer.carry(args.round, Cargo::kMessages, body_bytes(args), call.timeout_us));
+        EP_TRY(buffer.carry(args.round, Cargo::kMessages, body_bytes(args), call.deadline()));
     }
     return call.receives() ? phase(Phases::kReceive) : MEP_OK;
 }
@@ -64,7 +64,12 @@ mep_status_t dispatch(const Call &call, DispatchArgs args) {
         handle.dispatch = Handle::State::kInFlight;
         handle.dispatch_round = buffer.dispatches.send();
     }
-    EP_TRY(launch(call, args));
+    const mep_status_t launched = launch(call, args);
+    if (launched != MEP_OK && call.sends()) {  // nobody can receive it
+        buffer.dispatches.receive(handle.dispatch_round);
+        handle.dispatch = Handle::State::kEmpty;
+    }
+    EP_TRY(launched);
     if (call.receives()) {
         buffer.dispatches.receive(handle.dispatch_round);
         handle.dispatch = Handle::State::kReceived;
@@ -87,8 +92,8 @@ mep_status_t report_failed_peers(const Call &call, const char *operation) {
         call.timeout_us == 0 ? call.buffer->group().timeout_us() : call.timeout_us;
     const mep_status_t status =
         fail(MEP_PEER_FAILED,
-             "%s %s missed the deadline of %s (%.3f s), or sent counts that break a limit, and %s "
-             "masked from now on",
+             "%s %s missed the deadline of %s (%.3f s), went away, or sent counts that break a "
+             "limit, and %s masked from now on",
              ranks.size() == 1 ? "rank" : "ranks", names.c_str(), operation,
              static_cast<double>(timeout_us) / 1e6, ranks.size() == 1 ? "is" : "are");
     log(MEP_LOG_WARNING, "%s", last_error());

@@ -14,6 +14,10 @@ struct Call {
     int64_t timeout_us;
     void *stream;
 
+    // Of what it waits for on the host, from now on.
+    Deadline deadline() const {
+        return Deadline(timeout_us == 0 ? buffer->group().timeout_us() : timeout_us);
+    }
     bool sends() const { return (phases & MEP_PHASE_SEND) != 0; }
     Phases kernel_phases() const {
         return sends() && receives() ? Phases::kBoth : sends() ? Phases::kSend : Phases::kReceive;

@@ -18,16 +18,18 @@ class CallbackEngine : public Engine {
     mep_status_t exchange(const std::vector<Parcel> &send, size_t bytes_max, const Deadline &,
                           std::vector<bool> *with, std::vector<Parcel> *receive) override {
         if (failed_) return report();
-        std::vector<Parcel> parcels(rank_count_), sizes(rank_count_);
+        std::vector<const Parcel *> parcels(rank_count_), lengths(rank_count_);
+        std::vector<Parcel> sizes(rank_count_);
         for (int peer = 0; peer < rank_count_; ++peer) {
             if (peer == rank_) continue;
-            if ((*with)[peer]) parcels[peer] = send[peer];
-            const uint64_t bytes = parcels[peer].size();
+            if ((*with)[peer]) parcels[peer] = &send[peer];
+            const uint64_t bytes = (*with)[peer] ? send[peer].size() : 0;
             sizes[peer].resize(sizeof bytes);
             std::memcpy(sizes[peer].data(), &bytes, sizeof bytes);
+            lengths[peer] = &sizes[peer];
         }
         *receive = sizes;
-        EP_TRY(call(sizes, receive));
+        EP_TRY(call(lengths, receive));
         EP_TRY(make_room(bytes_max, receive));
         EP_TRY(call(parcels, receive));
         for (int peer = 0; peer < rank_count_; ++peer) {
@@ -57,13 +59,15 @@ class CallbackEngine : public Engine {
         }
         return MEP_OK;
     }
-    mep_status_t call(const std::vector<Parcel> &send, std::vector<Parcel> *receive) {
+    mep_status_t call(const std::vector<const Parcel *> &send, std::vector<Parcel> *receive) {
         std::vector<const void *> from(rank_count_);
         std::vector<void *> to(rank_count_);
         std::vector<size_t> from_bytes(rank_count_), to_bytes(rank_count_);
         for (int peer = 0; peer < rank_count_; ++peer) {
-            from[peer] = send[peer].data();
-            from_bytes[peer] = send[peer].size();
+            if (send[peer] != nullptr) {
+                from[peer] = send[peer]->data();
+                from_bytes[peer] = send[peer]->size();
+            }
             to[peer] = (*receive)[peer].data();
             to_bytes[peer] = (*receive)[peer].size();
         }

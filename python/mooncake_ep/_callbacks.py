@@ -64,7 +64,7 @@ class Callbacks:
 
     def _views(self, addresses: Any, sizes: Any) -> list[memoryview]:
         return [
-            memoryview(ffi.buffer(ffi.cast("char *", addresses[rank]), sizes[rank]))
+            memoryview(ffi.buffer(ffi.cast("char *", addresses[rank]), sizes[rank])).cast("B")
             if sizes[rank]
             else memoryview(bytearray())
             for rank in range(self._rank_count)
@@ -79,16 +79,20 @@ def torch_all_to_all(process_group: Any) -> AllToAll:
     backend = str(distributed.get_backend(process_group))
     device = torch.device("cuda" if "nccl" in backend else "cpu")
 
+    kept: dict[str, Any] = {}  # tensors, because new memory costs as much as a copy
+
+    def tensor(name: str, size: int) -> Any:
+        if name not in kept or len(kept[name]) < size:
+            kept[name] = torch.empty(size, dtype=torch.uint8)
+        return kept[name][:size]
+
     def all_to_all(send: list[memoryview], receive: list[memoryview]) -> None:
-        joined = torch.frombuffer(bytearray(b"".join(send) or b"\0"), dtype=torch.uint8)
-        sizes = [len(part) for part in receive]
-        output = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        sent, received = [len(part) for part in send], [len(part) for part in receive]
+        source, target = tensor("source", sum(sent)), tensor("target", sum(received))
+        _gather(send, memoryview(source.numpy()))
+        output = target.to(device)
         distributed.all_to_all_single(
-            output,
-            joined[: sum(map(len, send))].to(device),
-            sizes,
-            [len(part) for part in send],
-            group=process_group,
+            output, source.to(device), received, sent, group=process_group
         )
         _scatter(memoryview(output.cpu().numpy()), receive)
 
@@ -114,6 +118,13 @@ def _counts(parts: list[memoryview]) -> tuple[list[int], list[int]]:
     """Return the sizes and the offsets of parts that lie behind each other."""
     sizes = [len(part) for part in parts]
     return sizes, [sum(sizes[:rank]) for rank in range(len(sizes))]
+
+
+def _gather(parts: list[memoryview], joined: memoryview) -> None:
+    offset = 0
+    for part in parts:
+        joined[offset : offset + len(part)] = part
+        offset += len(part)
 
 
 def _scatter(joined: memoryview, parts: list[memoryview]) -> None:

@@ -442,7 +442,7 @@ class Buffer:
             inputs += call.borrow_outputs(out, stream)
         status = _c_dispatch(c_buffer, handle._c, args)
         if status not in (0, _PEER_FAILED):
-            raise failure(status) from self.group._take_error()
+            raise failure(status) from self.group._cause()
         out.handle = handle
         handle._token_count = call.x.tensor.shape[0]
         if send_only:
@@ -508,7 +508,7 @@ class Buffer:
             inputs += (borrow("out", out, call.out, True, stream),)
         status = _c_combine(c_buffer, handle._c, args)
         if status not in (0, _PEER_FAILED):
-            raise failure(status) from self.group._take_error()
+            raise failure(status) from self.group._cause()
         if send_only:
             arrays = (x, inputs, topk_weights, active_ranks)
             return _sent(PendingCombine(call, handle, arrays, out, finish), status)

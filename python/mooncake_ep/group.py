@@ -305,6 +305,16 @@ class Group:
             raise EpError("the group is closed")
         return self._c
 
+    def _cause(self) -> Exception | None:
+        """Return what a collective of the caller has raised, to be the cause of a failure.
+
+        What is no Exception (KeyboardInterrupt) is raised as it is.
+        """
+        error = self._take_error()
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        return error
+
     def _take_error(self) -> BaseException | None:
         """Return what a collective of the caller has raised, once."""
         return None if self._callbacks is None else self._callbacks.take_error()
