@@ -19,7 +19,6 @@
 #include <netinet/in.h>
 #include <new>
 #include <string>
-#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -43,16 +42,6 @@ mep_status_t check_all_gather_bytes(size_t bytes) {
         return fail(MEP_INVALID_ARGUMENT, "bytes %zu of the all-gather is not in [0, %d]", bytes,
                     MEP_ALL_GATHER_BYTES_MAX);
     return MEP_OK;
-}
-
-std::string ranks_text(const std::vector<int> &ranks, int rank_count) {
-    constexpr size_t kListedMax = 16;
-    std::string text = ranks.size() == 1 ? "rank" : "ranks";
-    for (size_t i = 0; i < ranks.size() && i < kListedMax; ++i)
-        text += (i == 0 ? " " : ", ") + std::to_string(ranks[i]);
-    if (ranks.size() > kListedMax)
-        text += " and " + std::to_string(ranks.size() - kListedMax) + " more";
-    return text + " of " + std::to_string(rank_count);
 }
 
 mep_status_t allocate(size_t size, Bytes *bytes) {
@@ -278,14 +267,6 @@ uint64_t checksum(const IdContent &content) {
     return hash(&content, offsetof(IdContent, checksum), kHashStart);
 }
 
-bool fill_random(void *data, size_t size) {
-    ssize_t count;
-    do {
-        count = ::getrandom(data, size, 0);
-    } while (count < 0 && errno == EINTR);
-    return count == static_cast<ssize_t>(size);
-}
-
 // Tells this process from a later one that was given the same process id, or one of another
 // container.
 uint64_t process_nonce() {
@@ -498,21 +479,8 @@ mep_status_t unique_id_create(const char *address, mep_unique_id_t *id) {
     if (id == nullptr) return fail(MEP_INVALID_ARGUMENT, "id is NULL");
     const std::string host = address == nullptr ? "127.0.0.1" : address;
     Endpoint endpoint = {};
-    if (const int error = resolve_ipv4(host, &endpoint.ipv4); error != 0)
-        return fail(MEP_INVALID_ARGUMENT, "address \"%s\": %s", host.c_str(),
-                    ::gai_strerror(error));
-    if (endpoint.ipv4 == htonl(INADDR_ANY))
-        return fail(MEP_INVALID_ARGUMENT,
-                    "address \"%s\" is none that other ranks could connect to", host.c_str());
     Descriptor listener;
-    int error = open_listener(endpoint, kListenBacklog, &listener);
-    if (error == EADDRNOTAVAIL)
-        return fail(MEP_INVALID_ARGUMENT, "address \"%s\" is not one of this machine",
-                    host.c_str());
-    if (error == 0) error = local_endpoint(listener.number(), &endpoint);
-    if (error != 0)
-        return fail(MEP_SYSTEM_ERROR, "cannot listen on \"%s\": %s", host.c_str(),
-                    socket_error_text(error).c_str());
+    EP_TRY(listen_at(host, kListenBacklog, &endpoint, &listener));
 
     IdContent content = {};
     content.magic = kIdMagic;

@@ -51,14 +51,6 @@ Deadline at_most(const Deadline &deadline, int64_t timeout_us) {
     return Deadline(std::min(remaining_us(deadline), timeout_us));
 }
 
-// Its time says nothing about where they differ.
-bool equal_secrets(const Secret &a, const Secret &b) {
-    volatile uint8_t difference = 0;
-    for (size_t i = 0; i < sizeof a.bytes; ++i)
-        difference = static_cast<uint8_t>(difference | (a.bytes[i] ^ b.bytes[i]));
-    return difference == 0;
-}
-
 std::string step_text(uint64_t sequence) {
     if (sequence == kJoinSequence) return "join";
     return "take part in all-gather " + std::to_string(sequence);

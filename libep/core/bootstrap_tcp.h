@@ -3,6 +3,7 @@
 #pragma once
 
 #include "base/deadline.h"
+#include "base/meeting.h"
 #include "base/socket.h"
 #include "base/status.h"
 #include "core/bootstrap.h"
@@ -46,9 +47,6 @@ mep_status_t allocate(size_t size, Bytes *bytes);
 mep_status_t check_membership(Membership membership);
 mep_status_t check_all_gather_bytes(size_t bytes);
 
-// "rank 2 of 8" or "ranks 2, 5 of 8"; of many, the first 16.
-std::string ranks_text(const std::vector<int> &ranks, int rank_count);
-
 inline double seconds(int64_t microseconds) {
     return static_cast<double>(microseconds) * 1e-6;
 }
@@ -64,12 +62,6 @@ inline double seconds(int64_t microseconds) {
 // at its deadline sends a Request "giving up": the hub, if it is in the call, then fails all ranks
 // with the names of those that are missing, which only the hub knows. Integers are in the order of
 // the machine; between machines that differ in it, the magic differs.
-
-// Keeps strangers and the ranks of other jobs out. It travels in the clear: it is no defence
-// against somebody who can read the network.
-struct Secret {
-    uint8_t bytes[32];
-};
 
 constexpr uint64_t kHelloMagic = 0x48454c4c4f50454dU;
 constexpr uint64_t kRequestMagic = 0x474154484552504dU;

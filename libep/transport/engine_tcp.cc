@@ -4,6 +4,7 @@
 // peer that breaks the rules loses its connection, and a lost connection does not come back.
 #include "base/deadline.h"
 #include "base/log.h"
+#include "base/meeting.h"
 #include "base/socket.h"
 #include "base/status.h"
 #include "transport/engine.h"
@@ -15,11 +16,9 @@
 #include <cstring>
 #include <exception>
 #include <memory>
-#include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <string>
-#include <sys/random.h>
 #include <utility>
 #include <vector>
 
@@ -39,12 +38,6 @@ constexpr uint64_t kHelloMagic = 0x4f4c4c4548544e45U;
 constexpr uint64_t kHeaderMagic = 0x4c45435241504e45U;
 constexpr uint32_t kProtocol = 1;
 constexpr size_t kTextMax = 256;
-
-// Keeps out strangers and the ranks of other groups. It travels in the clear: it is no defence
-// against somebody who can read the network.
-struct Secret {
-    uint8_t bytes[32];
-};
 
 // Where a rank listens and what one has to say there; or why it does not, in `text`.
 struct Invitation {
@@ -90,43 +83,15 @@ std::string within_text(const Deadline &deadline) {
     return text;
 }
 
-// "rank 2 of 8" or "ranks 2, 5 of 8"; of many, the first 16.
-std::string ranks_text(const std::vector<int> &ranks, int rank_count) {
-    constexpr size_t kListedMax = 16;
-    std::string text = ranks.size() == 1 ? "rank" : "ranks";
-    for (size_t i = 0; i < ranks.size() && i < kListedMax; ++i)
-        text += (i == 0 ? " " : ", ") + std::to_string(ranks[i]);
-    if (ranks.size() > kListedMax)
-        text += " and " + std::to_string(ranks.size() - kListedMax) + " more";
-    return text + " of " + std::to_string(rank_count);
-}
-
 // ---- Invitations --------------------------------------------------------------------------------
 
 // Starts to listen, and says so in `invitation`.
 mep_status_t invite(const std::string &address, Descriptor *listener, Invitation *invitation) {
     Endpoint endpoint = {};
-    if (const int error = resolve_ipv4(address, &endpoint.ipv4); error != 0)
-        return fail(MEP_INVALID_ARGUMENT, "address \"%s\": %s", address.c_str(),
-                    ::gai_strerror(error));
-    if (endpoint.ipv4 == htonl(INADDR_ANY))
-        return fail(MEP_INVALID_ARGUMENT,
-                    "address \"%s\" is none that other ranks could connect to", address.c_str());
     Descriptor opened;
-    int error = open_listener(endpoint, kListenBacklog, &opened);
-    if (error == EADDRNOTAVAIL)
-        return fail(MEP_INVALID_ARGUMENT, "address \"%s\" is not one of this machine",
-                    address.c_str());
-    if (error == 0) error = local_endpoint(opened.number(), &endpoint);
-    if (error != 0)
-        return fail(MEP_SYSTEM_ERROR, "cannot listen on \"%s\": %s", address.c_str(),
-                    socket_error_text(error).c_str());
+    EP_TRY(listen_at(address, kListenBacklog, &endpoint, &opened));
     Secret secret = {};
-    ssize_t count;
-    do {
-        count = ::getrandom(&secret, sizeof secret, 0);
-    } while (count < 0 && errno == EINTR);
-    if (count != static_cast<ssize_t>(sizeof secret))
+    if (!fill_random(&secret, sizeof secret))
         return fail(MEP_SYSTEM_ERROR, "%s", system_error("getrandom", errno).c_str());
     invitation->ipv4 = endpoint.ipv4;
     invitation->port = endpoint.port;
@@ -178,14 +143,6 @@ struct Stranger {
 
     bool has_called() const { return rank == kUnknown; }
 };
-
-// Its time says nothing about where they differ.
-bool equal_secrets(const Secret &a, const Secret &b) {
-    volatile uint8_t difference = 0;
-    for (size_t i = 0; i < sizeof a.bytes; ++i)
-        difference = static_cast<uint8_t>(difference | (a.bytes[i] ^ b.bytes[i]));
-    return difference == 0;
-}
 
 bool is_shortage(int error) {
     return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
