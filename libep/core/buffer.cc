@@ -225,7 +225,10 @@ mep_status_t Buffer::allocate() {
     EP_TRY(device()->write(active_.get(), active_seen_.data(), sizeof(int32_t) * ranks));
     dispatches.set_limit(shape_.config.rounds_in_flight_max);
     combines.set_limit(shape_.config.rounds_in_flight_max);
-    return windows_.create(device(), layout.bytes, ranks);
+    bool shared = false;
+    for (int peer = 0; peer < ranks; ++peer)
+        shared = shared || (peer != group_->rank() && group_->is_near(peer));
+    return windows_.create(device(), layout.bytes, shared ? Sharing::kPeers : Sharing::kNobody);
 }
 
 mep_status_t Buffer::connect(const WindowHandle &mine) {

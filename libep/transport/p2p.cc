@@ -4,9 +4,8 @@
 
 namespace ep {
 
-mep_status_t PeerWindows::create(Device *device, size_t bytes, int rank_count) {
-    return device->create_window(bytes, rank_count == 1 ? Sharing::kNobody : Sharing::kPeers,
-                                 &own_);
+mep_status_t PeerWindows::create(Device *device, size_t bytes, Sharing sharing) {
+    return device->create_window(bytes, sharing, &own_);
 }
 
 mep_status_t PeerWindows::connect(Device *device, const std::vector<WindowHandle> &handles,

@@ -12,7 +12,7 @@ namespace ep {
 class PeerWindows {
   public:
     // This rank's window, of `bytes` bytes.
-    mep_status_t create(Device *device, size_t bytes, int rank_count);
+    mep_status_t create(Device *device, size_t bytes, Sharing sharing);
 
     WindowHandle handle() const { return own_->handle(); }
 

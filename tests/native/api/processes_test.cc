@@ -125,7 +125,6 @@ TEST_F(Processes, GoAnotherWayToARankThatCannotShareItsMemory) {
             setrlimit(RLIMIT_FSIZE, &none);
         }
         const Group group = make_group(config);
-        setrlimit(RLIMIT_FSIZE, &before);
         for (int peer = 0; peer < 3; ++peer) {
             if (peer == config.rank) continue;
             mep_transport_info_t info{};
@@ -141,6 +140,7 @@ TEST_F(Processes, GoAnotherWayToARankThatCannotShareItsMemory) {
         const Buffer buffer = make_buffer(group, shape);
         for (uint64_t seed = 1; seed <= 10; ++seed)
             expect_round(buffer, Plan::of(shape, 3, seed), config.rank);
+        setrlimit(RLIMIT_FSIZE, &before);
     });
 }
 
