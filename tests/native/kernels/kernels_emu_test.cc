@@ -11,13 +11,11 @@ namespace {
 
 // What does not depend on the width of a warp is shown at the narrowest: each lane is a thread.
 constexpr bool kWide = emu::kWarpSize > 4;
-// GPUs with 64 lanes have none, as they have no bulk copies.
-constexpr bool kLines = emu::kLineTokenCountMax > 0 && emu::kWarpSize < 64;
+constexpr bool kLines = emu::kLineTokenCountMax > 0;
 constexpr const char *kWhyNotLines = "a line takes 8 lanes, and a device that has lines";
 constexpr const char *kWhyNotWide = "does not depend on the width of a warp; see the narrowest";
 
-// GPUs with 64 lanes have none.
-constexpr bool kBulkCopies = emu::kHasBulkCopies && emu::kWarpSize < 64;
+constexpr bool kBulkCopies = emu::kHasBulkCopies;
 
 Rig small(Element type, Quant quant, Weights weights) {
     Rig rig;
