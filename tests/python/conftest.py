@@ -86,10 +86,10 @@ def run(request: pytest.FixtureRequest) -> Runner:
     """Run a function on ranks of either kind: ``run(body, rank_count, *arguments)``."""
     if request.param == "processes":
         return run_processes
-    return run_threads_if_they_can
+    return run_threads if devices.threads_are_ranks() else _run_threads_with_gpus
 
 
-def run_threads_if_they_can(
+def _run_threads_with_gpus(
     body: Body, rank_count: int, *arguments: Any, **options: Any
 ) -> list[Any]:
     if devices.need_processes(rank_count):

@@ -50,6 +50,11 @@ def group_options(rank: int) -> dict[str, Any]:
     return {"backend": "cuda", "device_id": rank % ep.backend_info("cuda").device_count}
 
 
+def threads_are_ranks() -> bool:
+    """Tell whether any number of ranks may be threads."""
+    return backend() not in ("cuda", "gloo")
+
+
 def need_processes(rank_count: int) -> bool:
     """Tell whether ranks have to be processes."""
     if backend() == "gloo":
