@@ -344,7 +344,8 @@ enum {
     /**
      * no memory of the peer is reached: rows go by the caller's all_to_all, or by TCP. CPU only.
      * A half that sends then waits for the peer to send the same; all ranks of the group send their
-     * dispatches and combines in the same order.
+     * dispatches and combines in the same order. Over TCP a peer that is masked in one call is
+     * heard no more by this group.
      */
     MEP_TRANSPORT_COLLECTIVE = 5
 };

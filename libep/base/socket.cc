@@ -98,6 +98,10 @@ std::string socket_error_text(int error) {
     return strerror_r(error, buffer, sizeof buffer);
 }
 
+bool is_shortage(int error) {
+    return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
+}
+
 int resolve_ipv4(const std::string &host, uint32_t *ipv4) {
     addrinfo hints = {};
     hints.ai_family = AF_INET;

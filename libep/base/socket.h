@@ -57,6 +57,10 @@ std::string endpoint_text(Endpoint endpoint);
 // What a value returned by the functions below means.
 std::string socket_error_text(int error);
 
+// Did this process or the system run out of descriptors or memory? Then the other end is not to
+// blame.
+bool is_shortage(int error);
+
 // The first IPv4 address of a host name or dotted address. Returns 0 or a code of gai_strerror(3).
 // The system's resolver knows no deadline.
 int resolve_ipv4(const std::string &host, uint32_t *ipv4);

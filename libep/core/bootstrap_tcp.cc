@@ -532,10 +532,6 @@ mep_status_t Spoke::end(mep_status_t status) {
     return status;
 }
 
-bool is_shortage(int error) {
-    return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
-}
-
 }  // namespace
 
 mep_status_t tcp_host(Descriptor listener, int rank_count, const Secret &secret,

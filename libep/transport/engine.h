@@ -19,9 +19,6 @@ class Engine {
   public:
     virtual ~Engine() = default;
 
-    // "tcp" or "caller"
-    virtual const char *name() const = 0;
-
     // Sends `send` [rank] to each peer, none of them empty, and receives as much from each as it
     // sends, into `receive` [rank]. `with` [rank], this rank's own ignored: with whom. A peer that
     // does not send all of its own by the deadline, or more than `bytes_max`, or whose connection

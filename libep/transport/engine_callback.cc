@@ -12,8 +12,6 @@ class CallbackEngine : public Engine {
     CallbackEngine(int rank, int rank_count, mep_all_to_all_callback_t callback, void *context)
         : rank_(rank), rank_count_(rank_count), callback_(callback), context_(context) {}
 
-    const char *name() const override { return "caller"; }
-
     // First how many bytes, as both sides of a pair have to know.
     mep_status_t exchange(const std::vector<Parcel> &send, size_t bytes_max, const Deadline &,
                           std::vector<bool> *with, std::vector<Parcel> *receive) override {

@@ -144,10 +144,6 @@ struct Stranger {
     bool has_called() const { return rank == kUnknown; }
 };
 
-bool is_shortage(int error) {
-    return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
-}
-
 // Each rank calls all lower ones and then answers all higher ones. Calling does not wait for the
 // called: its kernel completes the connection while it is busy itself.
 class Meeting {
@@ -382,7 +378,6 @@ class TcpEngine : public Engine {
           rank_count_(static_cast<int>(sockets.size())),
           sockets_(std::move(sockets)) {}
 
-    const char *name() const override { return "tcp"; }
     mep_status_t exchange(const std::vector<Parcel> &send, size_t bytes_max,
                           const Deadline &deadline, std::vector<bool> *with,
                           std::vector<Parcel> *receive) override;
