@@ -31,6 +31,26 @@ class HostMapping : public Mapping {
     size_t bytes_;
 };
 
+// What the system says it could give without taking anything from a program; 0 if it does not say.
+uint64_t available_bytes() {
+    std::FILE *file = std::fopen("/proc/meminfo", "r");
+    if (file == nullptr) return 0;
+    char line[128];
+    unsigned long long kilobytes = 0;
+    while (std::fgets(line, sizeof line, file) != nullptr)
+        if (std::sscanf(line, "MemAvailable: %llu kB", &kilobytes) == 1) break;
+    std::fclose(file);
+    return kilobytes * 1024;
+}
+
+// A system that promises more than it has would kill the process that takes it.
+mep_status_t check_available(size_t bytes, const char *what) {
+    const uint64_t available = available_bytes();
+    if (available == 0 || bytes <= available) return MEP_OK;
+    return fail(MEP_OUT_OF_MEMORY, "no memory for %s of %zu bytes: %llu are available", what, bytes,
+                static_cast<unsigned long long>(available));
+}
+
 mep_status_t map(size_t bytes, int flags, int descriptor, std::shared_ptr<Mapping> *mapping) {
     void *data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags | MAP_POPULATE, descriptor, 0);
     if (data == MAP_FAILED)
@@ -57,8 +77,10 @@ class HostWindow : public Window {
         const ProcessIdentity process = process_identity();
         handle_.process[0] = process.words[0];
         handle_.process[1] = process.words[1];
-        if (sharing == Sharing::kNobody)
+        if (sharing == Sharing::kNobody) {
+            EP_TRY(check_available(bytes, "a window"));
             return map(bytes, MAP_PRIVATE | MAP_ANONYMOUS, -1, &mapping_);
+        }
         EP_TRY(create_shared(bytes));
         handle_.number = WindowTable::instance().add(mapping_);
         return MEP_OK;
@@ -108,6 +130,7 @@ class Cpu : public Device {
     const Kernels &kernels() const override { return kernels_; }
 
     mep_status_t allocate(size_t bytes, DeviceMemory *memory) override {
+        EP_TRY(check_available(bytes, "an array"));
         void *data = nullptr;
         if (posix_memalign(&data, Layout::kLineBytes, bytes == 0 ? 1 : bytes) != 0)
             return fail(MEP_OUT_OF_MEMORY, "no memory for %zu bytes", bytes);

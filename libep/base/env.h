@@ -11,8 +11,7 @@
 //   MOONCAKE_EP_TCP_ADDRESS  host name or IPv4 address of this machine, by which ranks on others
 //                            reach it where rows go by TCP
 //   MOONCAKE_EP_MACA_P2P_PAIRS  pairs of MetaX GPUs that may reach each other, like 0-1,2-3;
-//   default: the
-//                            near ones
+//                            default: the near ones
 //   MOONCAKE_EP_MACA_ALLOW_NODE_P2P  1: all of the host; default 0
 //   MOONCAKE_EP_LOG          error, warning, info or debug; default warning
 #pragma once

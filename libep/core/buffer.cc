@@ -307,7 +307,7 @@ Queue Buffer::queue(void *stream) const {
     // With a limit the rest is another's, which a launch that waits for its turn must not take.
     queue.starts_early = sm_count() == device()->block_count();
     queue.may_move_in_bulk = may_move_in_bulk_;
-    queue.fences_phases = group_->device_sharers() == 1;
+    queue.fences_phases = group_->fences_phases();
     queue.workers = workers_.get();
     return queue;
 }

@@ -185,13 +185,14 @@ void Group::adopt(const GroupFacts &facts) {
     for (int peer = 0; peer < rank_count(); ++peer) {
         const RankFacts &theirs = facts.ranks[peer];
         local_rank_count_ += same_host(theirs, mine);
-        const bool shares = same_process(theirs, mine) && same_device(theirs, mine);
+        const bool shares = share_streams(theirs, mine);
         device_sharers_ += shares;
         if (shares && peer < first_sharer) first_sharer = peer;
         delivers_lines_ = delivers_lines_ && device_->delivers_lines(device_of(theirs));
         transports_.push_back(choose_transport(facts, rank(), peer));
     }
     count_unreachable(facts, &unreachable_);
+    fences_phases_ = !any_share_streams(facts);
     if (device_->is_synchronous() || device_sharers_ == 1 || rank() != first_sharer) return;
     log(MEP_LOG_WARNING,
         "%d ranks are threads of one process and share GPU %d: let each call end before the next "

@@ -48,6 +48,9 @@ class Group {
     // side.
     int device_sharers() const { return device_sharers_; }
 
+    // Queue::fences_phases, the same on every rank: one that fences waits until all others tell.
+    bool fences_phases() const { return fences_phases_; }
+
     // Do lines arrive whole at every peer? This rank's view.
     bool delivers_lines() const { return delivers_lines_; }
 
@@ -87,6 +90,7 @@ class Group {
     int local_rank_count_ = 1;
     bool delivers_lines_ = true;
     int device_sharers_ = 1;
+    bool fences_phases_ = true;
     bool left_ = false;
     const Backend *backend_ = nullptr;
     std::shared_ptr<Device> device_;

@@ -43,8 +43,9 @@ struct Queue {
 
     bool may_move_in_bulk = true;  // rows by bulk copies, where the device has them
 
-    // SEND and RECEIVE, where the device needs it (kernels/fence.h). Not for a stream that may
-    // share a hardware queue with another rank's: there its waiting launch would hold that rank up.
+    // SEND and RECEIVE, where the device needs it (kernels/fence.h). All ranks of a group or none:
+    // none where streams of two may share a hardware queue, as there the launch that waits for a
+    // rank could hold that rank up.
     bool fences_phases = true;
 
     // Load the kernels onto the device instead of launching them. What is loaded at its first

@@ -45,6 +45,17 @@ bool same_device(const RankFacts &one, const RankFacts &other) {
     return std::memcmp(one.device, other.device, sizeof one.device) == 0;
 }
 
+bool share_streams(const RankFacts &one, const RankFacts &other) {
+    return same_host(one, other) && same_process(one, other) && same_device(one, other);
+}
+
+bool any_share_streams(const GroupFacts &facts) {
+    for (int one = 0; one < facts.rank_count(); ++one)
+        for (int other = 0; other < one; ++other)
+            if (share_streams(facts.ranks[one], facts.ranks[other])) return true;
+    return false;
+}
+
 namespace {
 
 std::string rank_text(int rank) {

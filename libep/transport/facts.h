@@ -33,6 +33,8 @@ DeviceUuid device_of(const RankFacts &rank);
 bool same_host(const RankFacts &one, const RankFacts &other);
 bool same_process(const RankFacts &one, const RankFacts &other);
 bool same_device(const RankFacts &one, const RankFacts &other);
+// Two ranks whose streams may share a hardware queue.
+bool share_streams(const RankFacts &one, const RankFacts &other);
 
 // What became of the word that a rank stored in a peer's window to try the way there.
 enum class Trial : uint8_t {
@@ -57,6 +59,9 @@ struct GroupFacts {
         return trials.empty() ? Trial::kNotMade : trials[size_t(from) * rank_count() + to];
     }
 };
+
+// Do any two ranks share_streams()?
+bool any_share_streams(const GroupFacts &facts);
 
 // What carries rows between ranks that do not reach each other's memory, the same for the group.
 void choose_engine(GroupFacts *facts);

@@ -84,6 +84,14 @@ TEST(Choice, FollowsWhereRanksAre) {
     expect_one_answer(gpus.facts);
 }
 
+TEST(Streams, AreSharedByThreadsOfOneProcessOnOneDevice) {
+    EXPECT_TRUE(
+        any_share_streams(Group(MEP_BACKEND_MACA, {{0, 1, 0}, {0, 1, 1}, {0, 1, 0}}).facts));
+    EXPECT_FALSE(any_share_streams(Group(MEP_BACKEND_MACA, {{0, 1, 0}, {0, 1, 1}}).facts));
+    EXPECT_FALSE(any_share_streams(Group(MEP_BACKEND_MACA, {{0, 1, 0}, {0, 2, 0}}).facts));
+    EXPECT_FALSE(any_share_streams(Group(MEP_BACKEND_MACA, {{0, 1, 0}, {1, 1, 0}}).facts));
+}
+
 TEST(Choice, KeepsToIslands) {
     Group group(MEP_BACKEND_CUDA, processes(8, 8));
     for (int from = 0; from < 8; ++from)
