@@ -273,6 +273,17 @@ typedef int32_t (*mep_all_to_all_callback_t)(void *context, const void *const *s
                                              const size_t *receive_bytes);
 
 /**
+ * The same for device memory, in the order of a stream: bytes[rank] bytes at send[rank] to each
+ * rank, and as many from it to receive[rank]; where a count is 0, nothing. `stream` is the one of
+ * the call (mep_dispatch_args_t); what is queued on it before is to be sent, and what is queued
+ * after finds what came. The addresses of a buffer do not change. Returns 0, or any other number on
+ * failure.
+ */
+typedef int32_t (*mep_all_to_all_on_stream_callback_t)(void *context, const void *const *send,
+                                                       void *const *receive, const size_t *bytes,
+                                                       void *stream);
+
+/**
  * Start listening for the ranks of one group. `address`: IPv4 address or host name of this machine
  * that the other ranks can reach; NULL: 127.0.0.1, so nothing outside this machine can connect. The
  * process that calls this must hold rank 0 of the group. Local. Uses one descriptor until the group
@@ -319,9 +330,14 @@ typedef struct mep_group_config {
     void *all_gather_context; /**< passed to all_gather */
     const mep_unique_id_t *unique_id;
     mep_world_t *world;
-    /** For ranks that cannot reach each other's memory; on all ranks or on none. NULL: TCP. */
+    /**
+     * For ranks that cannot reach each other's memory; on all ranks or on none. NULL: on GPUs NCCL
+     * (MACA: MCCL), if all ranks can load it and none share a GPU; otherwise TCP.
+     */
     mep_all_to_all_callback_t all_to_all;
-    void *all_to_all_context; /**< passed to all_to_all */
+    void *all_to_all_context; /**< passed to all_to_all and to all_to_all_on_stream */
+    /** On GPUs, instead of all_to_all, which goes through host memory. */
+    mep_all_to_all_on_stream_callback_t all_to_all_on_stream;
 } mep_group_config_t;
 
 typedef struct mep_group_info {
@@ -342,10 +358,13 @@ enum {
     MEP_TRANSPORT_SHM = 3,    /**< a process of this host: POSIX shared memory */
     MEP_TRANSPORT_IPC = 4,    /**< a process of this host: GPU memory by its IPC handle */
     /**
-     * no memory of the peer is reached: rows go by the caller's all_to_all, or by TCP. CPU only.
-     * A half that sends then waits for the peer to send the same; all ranks of the group send their
-     * dispatches and combines in the same order. Over TCP a peer that is masked in one call is
-     * heard no more by this group.
+     * no memory of the peer is reached: rows go by the caller's all_to_all, by NCCL or by TCP. A
+     * half that sends then waits for the peer to send the same; all ranks of the group send their
+     * dispatches and combines in the same order. On GPUs the calls of a buffer go to one stream, or
+     * to streams that wait for each other; NCCL's, and those of an all_to_all_on_stream that allows
+     * it, can be captured in graphs, which must be destroyed before the group; the others, through
+     * host memory, wait for the stream, and cannot. Over TCP a peer that is masked in one call is
+     * heard no more by this group; over NCCL no far peer is, once one misses a deadline.
      */
     MEP_TRANSPORT_COLLECTIVE = 5
 };

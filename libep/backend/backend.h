@@ -67,6 +67,15 @@ class Device {
     virtual mep_status_t write(void *device, const void *host, size_t bytes) = 0;
     virtual mep_status_t read(void *host, const void *device, size_t bytes) = 0;
 
+    // Host memory that the kernels reach too, zeroed.
+    virtual mep_status_t allocate_shared(size_t bytes, DeviceMemory *memory) = 0;
+
+    // Until all that was queued on the stream is done.
+    virtual mep_status_t wait(void *stream) = 0;
+
+    // Does a graph take note of what is queued on the stream, instead of the device?
+    virtual bool is_capturing(void *stream) const = 0;
+
     // Zeroed.
     virtual mep_status_t create_window(size_t bytes, Sharing sharing,
                                        std::unique_ptr<Window> *window) = 0;

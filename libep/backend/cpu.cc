@@ -138,6 +138,11 @@ class Cpu : public Device {
         *memory = DeviceMemory(data, std::free);
         return MEP_OK;
     }
+    mep_status_t allocate_shared(size_t bytes, DeviceMemory *memory) override {
+        return allocate(bytes, memory);
+    }
+    mep_status_t wait(void *) override { return MEP_OK; }
+    bool is_capturing(void *) const override { return false; }
     mep_status_t write(void *device, const void *host, size_t bytes) override {
         std::memcpy(device, host, bytes);
         return MEP_OK;

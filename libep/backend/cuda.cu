@@ -55,6 +55,12 @@ const char *no_quant_reason() {
     return "";
 }
 
+bool stream_is_capturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream, &status) == cudaSuccess &&
+           status != cudaStreamCaptureStatusNone;
+}
+
 bool closes_in_turn() {
     return false;
 }

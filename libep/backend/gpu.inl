@@ -47,6 +47,8 @@ bool reaches_unseen(const DeviceUuid &device, const DeviceUuid &peer);
 // "" if dispatch casts rows to FP8; else why not.
 const char *no_quant_reason();
 
+bool stream_is_capturing(GpuStream stream);
+
 // May only one process at a time close what it has mapped of others?
 bool closes_in_turn();
 
@@ -83,6 +85,9 @@ class DeviceScope {
 
 void free_device(void *memory) {
     EP_GPU(Free)(memory);
+}
+void free_host(void *memory) {
+    EP_GPU(FreeHost)(memory);
 }
 
 // ---- Windows ------------------------------------------------------------------------------------
@@ -236,6 +241,25 @@ class Gpu : public Device {
         *memory = DeviceMemory(data, free_device);
         EP_TRY_GPU(MemsetAsync(data, 0, bytes, stream_));
         return gpu_status(EP_GPU(StreamSynchronize)(stream_), "clearing memory");
+    }
+    mep_status_t allocate_shared(size_t bytes, DeviceMemory *memory) override {
+        const DeviceScope scope(device_);
+        EP_TRY(scope.status());
+        void *data = nullptr;
+        EP_TRY_GPU(MallocHost(&data, bytes));
+        std::memset(data, 0, bytes);
+        *memory = DeviceMemory(data, free_host);
+        return MEP_OK;
+    }
+    mep_status_t wait(void *stream) override {
+        const DeviceScope scope(device_);
+        EP_TRY(scope.status());
+        return gpu_status(EP_GPU(StreamSynchronize)(static_cast<GpuStream>(stream)),
+                          "waiting for the stream");
+    }
+    bool is_capturing(void *stream) const override {
+        const DeviceScope scope(device_);
+        return stream_is_capturing(static_cast<GpuStream>(stream));
     }
     mep_status_t write(void *device, const void *host, size_t bytes) override {
         const DeviceScope scope(device_);

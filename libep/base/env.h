@@ -10,6 +10,9 @@
 //   MOONCAKE_EP_DISABLE_P2P  1: reach no peer's memory; default 0
 //   MOONCAKE_EP_TCP_ADDRESS  host name or IPv4 address of this machine, by which ranks on others
 //                            reach it where rows go by TCP
+//   MOONCAKE_EP_ISLAND       a name: only ranks of the same reach each other's memory; default none
+//   MOONCAKE_EP_NCCL_LIBRARY  NCCL's file, or MCCL's on MACA; none: do without; default
+//                            libnccl.so.2 (libmccl.so), as the process has it or finds it
 //   MOONCAKE_EP_MACA_P2P_PAIRS  pairs of MetaX GPUs that may reach each other, like 0-1,2-3;
 //                            default: the near ones
 //   MOONCAKE_EP_MACA_ALLOW_NODE_P2P  1: all of the host; default 0

@@ -239,8 +239,8 @@ mep_status_t Buffer::connect(const WindowHandle &mine) {
         far[peer] = !group_->is_near(peer);
     mep_status_t status = windows_.connect(device(), handles, group_->rank(), far);
     if (status == MEP_OK)
-        status = collective_.create(device(), group_->engine(), shape_.layout, far,
-                                    static_cast<BufferState *>(state_.get()));
+        status = collective_.create(device(), group_->engine(), group_->device_engine(),
+                                    shape_.layout, far);
     if (status == MEP_OK) {
         addresses_ = windows_.addresses();
         status = device()->write(windows_on_device_.get(), addresses_.data(),
@@ -291,6 +291,7 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
     round.active = active == nullptr ? own_active() : active;
     round.timeout_ns = timeout < 0 ? Round::kNever : uint64_t(timeout) * 1000;
     round.hidden = shape_.config.hidden;
+    round.far = collective_.far();
     return round;
 }
 
@@ -310,11 +311,6 @@ Queue Buffer::queue(void *stream) const {
     queue.fences_phases = group_->fences_phases();
     queue.workers = workers_.get();
     return queue;
-}
-
-mep_status_t Buffer::carry(const Round &round, Cargo cargo, size_t body_bytes,
-                           const Deadline &deadline) {
-    return collective_.carry(round, cargo, body_bytes, queue(nullptr), deadline);
 }
 
 mep_status_t Buffer::find_new_failures(std::vector<int> *ranks) {

@@ -46,9 +46,8 @@ class Buffer {
     Queue queue(void *stream) const;
     int32_t *tally() const { return static_cast<int32_t *>(tally_.get()); }
 
-    // Carries what a launch of SEND left for far peers; nothing if there are none.
-    mep_status_t carry(const Round &round, Cargo cargo, size_t body_bytes,
-                       const Deadline &deadline);
+    // The way to far peers, of whom there may be none.
+    Collective &collective() { return collective_; }
     bool has_far_peers() const { return collective_.serves_any(); }
 
     // The mask for calls that bring none.

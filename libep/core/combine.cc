@@ -15,6 +15,7 @@ mep_status_t may_combine(const Call &call) {
     if (!call.sends() && !handle.combine_in_flight)
         return fail(MEP_INVALID_STATE, "handle: it has no combine to receive; send one first");
     if (!call.sends()) return MEP_OK;
+    EP_TRY(may_carry(call));
     if (handle.combine_in_flight)
         return fail(MEP_INVALID_STATE,
                     "handle: its last combine is still in flight; receive it first");
@@ -25,28 +26,30 @@ namespace {
 
 // With far peers: weights, if they come only now, have to be there before rows are summed.
 mep_status_t send_far(const Call &call, CombineArgs args) {
-    Buffer &buffer = *call.buffer;
-    Device &device = *buffer.device();
-    const Queue queue = buffer.queue(call.stream);
+    Device &device = *call.buffer->device();
+    Collective &collective = call.buffer->collective();
+    const Queue queue = call.buffer->queue(call.stream);
     const Deadline deadline = call.deadline();
     if (args.topk_weights != nullptr) {
         EP_TRY(device.launch_status(device.kernels().combine_weights(args, queue)));
         const size_t bytes = args.round.layout.weight_bytes - kHeadFlagBytes;
-        EP_TRY(buffer.carry(args.round, Cargo::kWeights, bytes, deadline));
+        EP_TRY(collective.carry(args.round, Cargo::kWeights, bytes, queue, deadline, true));
         args.weights_are_sent = true;
+        args.round.far.inbox = collective.inbox();
     }
     EP_TRY(device.launch_status(device.kernels().combine(args, Phases::kSend, queue)));
     const Element partial = args.fp32_partials ? Element::kFp32 : args.x_type;
     const size_t bytes = carried_bytes(size_t(args.round.hidden) * element_bytes(partial));
-    return buffer.carry(args.round, Cargo::kPartials, bytes, deadline);
+    return collective.carry(args.round, Cargo::kPartials, bytes, queue, deadline, call.receives());
 }
 
-mep_status_t launch(const Call &call, const CombineArgs &args) {
+mep_status_t launch(const Call &call, CombineArgs args) {
     Buffer &buffer = *call.buffer;
     const Entered entered(buffer.device());
     const bool far = buffer.has_far_peers();
     if (far && call.sends()) EP_TRY(send_far(call, args));
     if (far && !call.receives()) return MEP_OK;
+    if (far && call.sends()) args.round.far.inbox = buffer.collective().inbox();
     return buffer.device()->launch_status(buffer.device()->kernels().combine(
         args, far ? Phases::kReceive : call.kernel_phases(), buffer.queue(call.stream)));
 }

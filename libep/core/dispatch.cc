@@ -4,6 +4,15 @@
 
 namespace ep {
 
+mep_status_t may_carry(const Call &call) {
+    const char *reason = call.buffer->collective().no_capture_reason();
+    if (*reason == '\0' || !call.buffer->device()->is_capturing(call.stream)) return MEP_OK;
+    return fail(MEP_UNSUPPORTED,
+                "stream: it is captured in a graph, but this buffer's rows do not all go through "
+                "memory that ranks reach: %s (mep_group_query_transport says whose)",
+                reason);
+}
+
 mep_status_t may_dispatch(const Call &call) {
     const Handle &handle = *call.handle;
     const bool in_flight = handle.dispatch == Handle::State::kInFlight;
@@ -12,6 +21,7 @@ mep_status_t may_dispatch(const Call &call) {
     if (!call.sends() && !in_flight)
         return fail(MEP_INVALID_STATE, "handle: it has no dispatch to receive; send one first");
     if (!call.sends()) return MEP_OK;
+    EP_TRY(may_carry(call));
     if (in_flight || handle.combine_in_flight)
         return fail(MEP_INVALID_STATE, "handle: its last %s is still in flight; receive it first",
                     in_flight ? "dispatch" : "combine");
@@ -29,7 +39,7 @@ size_t body_bytes(const DispatchArgs &args) {
     return args.round.layout.head_bytes - kHeadFlagBytes + carried_bytes(row + scales);
 }
 
-mep_status_t launch(const Call &call, const DispatchArgs &args) {
+mep_status_t launch(const Call &call, DispatchArgs args) {
     Buffer &buffer = *call.buffer;
     const Entered entered(buffer.device());
     const auto phase = [&](Phases phases) {
@@ -39,7 +49,10 @@ mep_status_t launch(const Call &call, const DispatchArgs &args) {
     if (!buffer.has_far_peers()) return phase(call.kernel_phases());
     if (call.sends()) {
         EP_TRY(phase(Phases::kSend));
-        EP_TRY(buffer.carry(args.round, Cargo::kMessages, body_bytes(args), call.deadline()));
+        EP_TRY(buffer.collective().carry(args.round, Cargo::kMessages, body_bytes(args),
+                                         buffer.queue(call.stream), call.deadline(),
+                                         call.receives()));
+        if (call.receives()) args.round.far.inbox = buffer.collective().inbox();
     }
     return call.receives() ? phase(Phases::kReceive) : MEP_OK;
 }
@@ -81,6 +94,10 @@ mep_status_t dispatch(const Call &call, DispatchArgs args) {
 }
 
 mep_status_t report_failed_peers(const Call &call, const char *operation) {
+    if (const std::string failed = call.buffer->collective().take_failure(); !failed.empty())
+        return fail(MEP_PEER_FAILED,
+                    "%s of %s missed a deadline or went away, and masked from now on",
+                    failed.c_str(), operation);
     if (!call.buffer->device()->is_synchronous() || call.active != nullptr) return MEP_OK;
     std::vector<int> ranks;
     EP_TRY(call.buffer->find_new_failures(&ranks));

@@ -78,23 +78,38 @@ mep_status_t Group::meet(const mep_group_config_t &config, const Deadline &deadl
 
 namespace {
 
+mep_status_t read_text(const char *variable, char *text, size_t bytes) {
+    const std::string value = env_text(variable);
+    if (value.size() >= bytes)
+        return fail(MEP_INVALID_ARGUMENT, "%s has %zu characters; at most %zu", variable,
+                    value.size(), bytes - 1);
+    std::memcpy(text, value.c_str(), value.size() + 1);
+    return MEP_OK;
+}
+
 // What the caller and the environment say about ways between ranks.
-mep_status_t read_wishes(const mep_group_config_t &config, bool carries, RankFacts *facts) {
+mep_status_t read_wishes(const mep_group_config_t &config, bool on_gpu, RankFacts *facts) {
     if (config.disable_p2p < 0 || config.disable_p2p > 1)
         return fail(MEP_INVALID_ARGUMENT, "config.disable_p2p is %d; it must be 0 or 1",
                     config.disable_p2p);
     long disabled = 0;
     EP_TRY(env_integer("MOONCAKE_EP_DISABLE_P2P", 0, 1, config.disable_p2p, &disabled));
     facts->p2p_disabled = disabled != 0 || config.disable_p2p != 0;
-    facts->engine = !carries                       ? kEngineNone
-                    : config.all_to_all != nullptr ? kEngineCaller
-                                                   : kEngineTcp;
-    const std::string address = env_text("MOONCAKE_EP_TCP_ADDRESS");
-    if (address.size() >= sizeof facts->tcp_address)
-        return fail(MEP_INVALID_ARGUMENT, "MOONCAKE_EP_TCP_ADDRESS has %zu characters; at most %zu",
-                    address.size(), sizeof facts->tcp_address - 1);
-    std::memcpy(facts->tcp_address, address.c_str(), address.size() + 1);
-    return MEP_OK;
+    if (config.all_to_all_on_stream != nullptr && (!on_gpu || config.all_to_all != nullptr))
+        return fail(MEP_INVALID_ARGUMENT,
+                    "config.all_to_all_on_stream is given %s; it is for GPUs, instead of "
+                    "config.all_to_all",
+                    on_gpu ? "beside config.all_to_all" : "on the CPU");
+    facts->engine = config.all_to_all_on_stream != nullptr ? kEngineCallerOnStream
+                    : config.all_to_all != nullptr         ? kEngineCaller
+                                                           : kEngineTcp;
+    if (on_gpu && facts->engine == kEngineTcp) facts->nccl = nccl_version(facts->backend);
+    EP_TRY(read_text("MOONCAKE_EP_ISLAND", facts->island, sizeof facts->island));
+    return read_text("MOONCAKE_EP_TCP_ADDRESS", facts->tcp_address, sizeof facts->tcp_address);
+}
+
+bool is_on_stream(const RankFacts &one, const RankFacts &other) {
+    return one.engine == kEngineCallerOnStream || other.engine == kEngineCallerOnStream;
 }
 
 }  // namespace
@@ -103,7 +118,7 @@ mep_status_t Group::gather_facts(const mep_group_config_t &config, GroupFacts *f
                                  const Deadline &deadline) {
     Greeting mine{mep_version(), rank_count(), backend_->id, 0, {}};
     EP_TRY(local_facts(*device_, backend_->id, &mine.facts));
-    EP_TRY(read_wishes(config, device_->is_synchronous(), &mine.facts));
+    EP_TRY(read_wishes(config, !device_->is_synchronous(), &mine.facts));
     const Topology machine = gated() ? machine_topology() : Topology{};
     mine.facts.physical = physical_number(machine, device_->pci_address());
     std::vector<Greeting> all(rank_count());
@@ -120,10 +135,16 @@ mep_status_t Group::gather_facts(const mep_group_config_t &config, GroupFacts *f
             return fail(MEP_MISMATCH, "config.backend is %d on rank %d and %d on rank %d",
                         theirs.backend, peer, mine.backend, rank());
         if (theirs.facts.engine != mine.facts.engine)
-            return fail(MEP_MISMATCH, "config.all_to_all is given on rank %d and not on rank %d",
-                        theirs.facts.engine == kEngineCaller ? peer : rank(),
-                        theirs.facts.engine == kEngineCaller ? rank() : peer);
+            return fail(
+                MEP_MISMATCH, "config.%s is given on rank %d and not on rank %d",
+                is_on_stream(theirs.facts, mine.facts) ? "all_to_all_on_stream" : "all_to_all",
+                theirs.facts.engine > mine.facts.engine ? peer : rank(),
+                theirs.facts.engine > mine.facts.engine ? rank() : peer);
         facts->ranks.push_back(theirs.facts);
+        RankFacts &kept = facts->ranks.back();
+        for (auto *text : {kept.host + sizeof kept.host, kept.island + sizeof kept.island,
+                           kept.tcp_address + sizeof kept.tcp_address})
+            text[-1] = '\0';  // whoever sent them
     }
     choose_engine(facts);
     std::vector<Access> access(rank_count(), Access::kRefused);
@@ -188,8 +209,9 @@ void Group::adopt(const GroupFacts &facts) {
         const bool shares = share_streams(theirs, mine);
         device_sharers_ += shares;
         if (shares && peer < first_sharer) first_sharer = peer;
-        delivers_lines_ = delivers_lines_ && device_->delivers_lines(device_of(theirs));
         transports_.push_back(choose_transport(facts, rank(), peer));
+        delivers_lines_ =
+            delivers_lines_ && is_near(peer) && device_->delivers_lines(device_of(theirs));
     }
     count_unreachable(facts, &unreachable_);
     fences_phases_ = !any_share_streams(facts);
@@ -205,21 +227,33 @@ mep_status_t Group::create_engine(const mep_group_config_t &config, const GroupF
                                   const Deadline &deadline) {
     bool wanted = false;
     for (int one = 0; one < rank_count(); ++one)
-        for (int other = 0; other < one; ++other)
-            wanted = wanted || choose_transport(facts, one, other).kind == MEP_TRANSPORT_COLLECTIVE;
+        for (const bool far : far_peers(facts, one))
+            wanted = wanted || far;
     if (!wanted) return MEP_OK;
-    if (config.all_to_all != nullptr) {
-        engine_ =
-            engine_by_callback(rank(), rank_count(), config.all_to_all, config.all_to_all_context);
-        return MEP_OK;
-    }
-    constexpr const char *kLoopback = "127.0.0.1";
-    const char *address = facts.ranks[rank()].tcp_address;
     const auto gather = [this, &deadline](const void *send, void *receive, size_t bytes) {
         return bootstrap_->all_gather(send, receive, bytes, deadline);
     };
-    return engine_by_tcp(rank(), rank_count(), *address == '\0' ? kLoopback : address, gather,
-                         deadline, &engine_);
+    if (facts.engine == kEngineNccl)
+        return agree(device_engine_by_nccl(device_.get(), backend_->id, rank(),
+                                           far_peers(facts, rank()), gather, deadline,
+                                           &device_engine_));
+    if (facts.engine == kEngineCallerOnStream) {
+        device_engine_ = device_engine_by_callback(rank_count(), config.all_to_all_on_stream,
+                                                   config.all_to_all_context);
+        return MEP_OK;
+    }
+    if (facts.engine == kEngineCaller) {
+        engine_ =
+            engine_by_callback(rank(), rank_count(), config.all_to_all, config.all_to_all_context);
+    } else {
+        constexpr const char *kLoopback = "127.0.0.1";
+        const char *address = facts.ranks[rank()].tcp_address;
+        EP_TRY(engine_by_tcp(rank(), rank_count(), *address == '\0' ? kLoopback : address, gather,
+                             deadline, &engine_));
+    }
+    if (!device_->is_synchronous())
+        device_engine_ = device_engine_by_host(device_.get(), std::move(engine_));
+    return MEP_OK;
 }
 
 mep_status_t Group::all_reachable() const {

@@ -7,6 +7,7 @@
 #include "base/deadline.h"
 #include "core/bootstrap.h"
 #include "topology/graph.h"
+#include "transport/device_engine.h"
 #include "transport/engine.h"
 #include "transport/facts.h"
 #include "transport/rdma.h"
@@ -35,8 +36,10 @@ class Group {
         return peer == rank() || transports_[peer].kind != MEP_TRANSPORT_COLLECTIVE;
     }
 
-    // Carries what goes to peers that are not near; nullptr if all of the group's pairs are.
+    // Carries what goes to peers that are not near, of host memory or of a GPU's; nullptr if all of
+    // the group's pairs are, and for the other kind of memory.
     Engine *engine() const { return engine_.get(); }
+    DeviceEngine *device_engine() const { return device_engine_.get(); }
 
     // May there be buffers? Else who cannot reach whom; the same on every rank.
     mep_status_t all_reachable() const;
@@ -96,6 +99,7 @@ class Group {
     std::shared_ptr<Device> device_;
     std::unique_ptr<Bootstrap> bootstrap_;
     std::unique_ptr<Engine> engine_;
+    std::unique_ptr<DeviceEngine> device_engine_;
     std::vector<TransportChoice> transports_;
     std::string unreachable_;  // a first pair, and why; "" if there is none
 };

@@ -30,7 +30,8 @@ constexpr size_t carried_bytes(size_t row_bytes) {
     return (row_bytes + sizeof(Vector) - 1) / sizeof(Vector) * sizeof(Vector);
 }
 
-// Whether the call may be made now; changes nothing.
+// Whether the call may be made now; changes nothing. The first is a part of the others.
+mep_status_t may_carry(const Call &call);
 mep_status_t may_dispatch(const Call &call);
 mep_status_t may_combine(const Call &call);
 

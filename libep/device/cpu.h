@@ -39,7 +39,7 @@ constexpr int kWarpsOfBlockMax = 1;
 constexpr int kMovingThreads = kWarpsOfBlockMax * kWarpSize, kSummingThreads = kMovingThreads;
 constexpr bool kRolesApart = false;
 constexpr bool kFencesPhases = false;
-constexpr bool kHasFarPeers = true;
+constexpr bool kPacksParcels = true;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr int kLineTokenCountMax = 0;

@@ -38,7 +38,7 @@ constexpr int kWarpsOfBlockMax = kThreads / kWarpSize;
 
 constexpr bool kRolesApart = true;
 constexpr bool kFencesPhases = false;
-constexpr bool kHasFarPeers = false;
+constexpr bool kPacksParcels = false;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr int kLineTokenCountMax = 512;

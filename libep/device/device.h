@@ -58,8 +58,8 @@
 //   kRolesApart                  whether the blocks of a launch run beside each other; see Role
 //   kFencesPhases                whether launches of SEND and RECEIVE are fenced; see
 //                                kernels/fence.h
-//   kHasFarPeers                 whether rows may go by an engine; see toward() in
-//                                kernels/routing.h
+//   kPacksParcels                whether what an engine carries is packed first; see
+//                                kernels/parcels.h
 //   kSharedExpertCountMax        experts whose counts fit the memory that a block shares
 //   kChoicesCountedByAllMax      choices that each block counts by itself
 //   kLineTokenCountMax           tokens of a buffer whose messages may go by line; 0: none

@@ -67,7 +67,7 @@ inline thread_local Place place;
 
 constexpr bool kRolesApart = EP_EMU_PLAIN == 0;
 constexpr bool kFencesPhases = EP_EMU_PLAIN != 0;
-constexpr bool kHasFarPeers = true;
+constexpr bool kPacksParcels = true;
 constexpr bool kCastsFp8 = false, kCastsPairs = false;
 template <Element kType>
 uint32_t cast_pair(float low, float high);

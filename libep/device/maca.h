@@ -40,7 +40,7 @@ constexpr size_t kSharedBytesMax = size_t{64} << 10;
 // each other may do so for ever.
 constexpr bool kRolesApart = false;
 constexpr bool kFencesPhases = true;
-constexpr bool kHasFarPeers = false;
+constexpr bool kPacksParcels = false;
 constexpr int kSharedExpertCountMax = 1024;
 constexpr int kChoicesCountedByAllMax = 4096;
 constexpr bool kCastsFp8 = false, kCastsPairs = false;  // integer arithmetic, see kernels/cast.h

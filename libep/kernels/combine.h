@@ -19,6 +19,7 @@
 #include "kernels/sm90/bulk_sums.h"
 #include "kernels/sums.h"
 #include "kernels/terms.h"
+#include "kernels/ways.h"
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
@@ -36,8 +37,7 @@ EP_KERNEL combine_weights(const CombineArgs a) {
              peer = next_owner(layout, choices, r.topk, peer)) {
             if (peer == r.rank || !Warp::broadcast(int{is_active(r, peer)})) continue;
             const ExpertRange range = ExpertRange::of(layout, peer);
-            const Toward to = toward(r, peer);
-            char *weight = layout.weight(to.window, epoch, to.owner, to.source, token);
+            char *weight = slots_to(r, Cargo::kWeights, epoch, peer).of(token);
             each_entry(choices, weights, r.topk, range, [&](int32_t, int, int index, float value) {
                 Layout::weight_values(weight)[index] = value;
             });
@@ -85,8 +85,7 @@ template <Element kType, Element kPartial, class Sums>
 EP_DEVICE void send_partial(const CombineArgs &a, Sums *sums, const Outgoing &out,
                             const Terms &terms) {
     const Round &r = a.round;
-    const Toward to = toward(r, out.source);
-    char *partial = r.layout.partial(to.window, out.epoch, to.owner, to.source, out.token);
+    char *partial = slots_to(r, Cargo::kPartials, out.epoch, out.source).of(out.token);
     sums->template of_terms<kType, kPartial>(terms, r.hidden, Layout::partial_row(partial));
     before_publish<Warp>();
     if (Warp::rank() == 0) publish(Layout::flag(partial), Signal::pack(out.epoch, 0));
@@ -125,7 +124,7 @@ EP_DEVICE void await_parts(const CombineArgs &a, const Wait &wait, uint64_t epoc
          peer = next_owner(layout, choices, r.topk, peer)) {
         const char *row = nullptr;
         if (peer != r.rank) {
-            char *partial = layout.partial(r.window(r.rank), epoch, r.rank, peer, token);
+            char *partial = slots_from(r, Cargo::kPartials, epoch, peer).of(token);
             uint64_t signal;
             if (!wait.until<Warp>(Layout::flag(partial), epoch, peer, &signal)) continue;
             row = Layout::partial_row(partial);
@@ -210,7 +209,7 @@ int launch_combine(CombineArgs args, Phases phases, const Queue &queue) {
 
 inline int launch_combine_weights(CombineArgs args, const Queue &queue) {
     args.round.phases = Phases::kSend;
-    if constexpr (kHasFarPeers) launch_all(combine_weights, args, queue, args.round.token_count);
+    launch_all(combine_weights, args, queue, args.round.token_count);
     return launch_error();
 }
 

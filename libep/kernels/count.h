@@ -9,6 +9,7 @@
 #include "device/device.h"
 #include "kernels/kernels.h"
 #include "kernels/routing.h"
+#include "kernels/ways.h"
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
@@ -284,18 +285,14 @@ EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *su
     const Layout &layout = r.layout;
     const int per_rank = layout.local_expert_count;
     for (int peer = Block::rank(); peer < layout.shape.rank_count; peer += Block::size())
-        if (is_active(r, peer)) {
-            const Toward to = toward(r, peer);
-            post(layout.token_count(to.window, epoch, to.source),
+        if (is_active(r, peer))
+            post(words_to(r, Cargo::kMessages, epoch, peer) + per_rank,
                  Signal::pack(epoch, r.token_count));
-        }
     count_before(a, r.chunk_count, sums);
     for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size())
-        if (is_active(r, e / per_rank)) {
-            const Toward to = toward(r, e / per_rank);
-            post(layout.count(to.window, epoch, to.source, e % per_rank),
+        if (is_active(r, e / per_rank))
+            post(words_to(r, Cargo::kMessages, epoch, e / per_rank) + e % per_rank,
                  Signal::pack(epoch, sums[e]));
-        }
     Block::sync();  // before other sums take the place of these
 }
 
@@ -339,14 +336,14 @@ EP_DEVICE void decide_layout(const DispatchArgs &a, uint64_t epoch, int32_t *cou
     const Round &r = a.round;
     const Layout &layout = r.layout;
     const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
-    char *window = r.window(r.rank);
     const Wait wait(r);
     for (int i = Block::rank(); i < ranks * experts; i += Block::size())
-        counts[i] = await_count(wait, layout.count(window, epoch, i / experts, i % experts), epoch,
-                                i / experts);
+        counts[i] =
+            await_count(wait, words_from(r, Cargo::kMessages, epoch, i / experts) + i % experts,
+                        epoch, i / experts);
     for (int source = Block::rank(); source < ranks; source += Block::size()) {
-        const int tokens =
-            await_count(wait, layout.token_count(window, epoch, source), epoch, source);
+        const int tokens = await_count(
+            wait, words_from(r, Cargo::kMessages, epoch, source) + experts, epoch, source);
         // Not yet of this round. Of a source that has failed, nothing will be read.
         post(&r.routing.token_counts[source], Signal::pack(0, tokens < 0 ? 0 : tokens));
     }

@@ -22,6 +22,7 @@
 #include "kernels/routing.h"
 #include "kernels/rows.h"
 #include "kernels/sm90/bulk_rows.h"
+#include "kernels/ways.h"
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
@@ -159,7 +160,7 @@ template <Element kOut, class Rows>
 EP_DEVICE void receive_message(const DispatchArgs &a, Rows *rows, const Wait &wait,
                                const Incoming &in) {
     const Round &r = a.round;
-    char *message = r.layout.message(r.window(r.rank), in.epoch, r.rank, in.source, in.token);
+    char *message = slots_from(r, Cargo::kMessages, in.epoch, in.source).of(in.token);
     uint64_t signal;
     const bool came = wait.until<Warp>(Layout::flag(message), in.epoch, in.source, &signal);
     rows->after_observe();
@@ -185,8 +186,7 @@ EP_DEVICE void send_token(const DispatchArgs &a, Mover<Rows> *mover, uint64_t ep
     const Layout &layout = r.layout;
     const size_t row_bytes = size_t(r.hidden) * element_bytes(kCast ? Element::kFp8 : kType);
     const auto message_to = [&](int peer) {
-        const Toward to = toward(r, peer);
-        return layout.message(to.window, epoch, to.owner, to.source, token);
+        return slots_to(r, Cargo::kMessages, epoch, peer).of(token);
     };
     int peers = 0;
     for (int step = 1; step < layout.shape.rank_count; ++step) {

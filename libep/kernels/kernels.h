@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/queue.h"
+#include "wire/boxes.h"
 #include "wire/layout.h"
 
 namespace ep {
@@ -12,10 +13,6 @@ namespace ep {
 struct BufferState {
     uint64_t dispatch_tickets, combine_tickets;  // kTicketsOfRound for each round sent
     uint64_t invalid_expert_ids, invalid_messages;
-
-    // Of peers whose window is not mapped here; nullptr: there are none. See toward().
-    const int32_t *far;  // [rank] 1: it is one of them
-    char *outbox;        // a window's worth of this rank's own memory
 
     // The blocks of the launch that sends a round hand in so many together, each at its end: until
     // the last has, the quotient is the epoch of the round before, for whoever looks.
@@ -78,6 +75,7 @@ struct Round {
     int topk;  // K of the dispatch, the stride of the caller's topk arrays and of choices
     int hidden;
     Caching caching;  // of rows
+    Far far;
 
     // Of the launch, filled in by its launcher; see Role.
     Phases phases;
@@ -148,9 +146,6 @@ struct KnockArgs {
     int rank, rank_count;
 };
 
-// What is carried by an engine at once.
-enum class Cargo : int32_t { kMessages, kWeights, kPartials };
-
 struct ParcelHead {
     uint64_t epoch;
     Cargo cargo;
@@ -185,6 +180,26 @@ struct ParcelArgs {
     }
 };
 
+// What has come into boxes of the inbox, to its places in the window; see kernels/deliver.h.
+struct DeliverArgs {
+    Round round;
+    Cargo cargo;
+    size_t body_bytes;  // behind a Signal
+};
+
+// What the host watches an exchange by, in memory that both reach; see kernels/watch.h.
+struct Watch {
+    uint64_t begun, done;  // exchanges
+    uint64_t timeout_ns;   // of the last one begun; Round::kNever
+    uint64_t failed;       // 1: the host has given up
+};
+
+struct WatchArgs {
+    Round round;
+    Watch *watch;
+    bool ends;  // or begins
+};
+
 // Rows of DispatchArgs::tally for launches of at most so many chunks: each chunk's counts, then,
 // for blocks whose shared memory is too small, each chunk's next numbers, and the counter's.
 constexpr int tally_row_count(int chunk_count) {
@@ -201,6 +216,8 @@ struct Kernels {
     int (*combine_weights)(CombineArgs args, const Queue &queue);  // that launch of combine alone
     int (*pack)(const ParcelArgs &args, const Queue &queue);
     int (*place)(const ParcelArgs &args, const Queue &queue);
+    int (*deliver)(const DeliverArgs &args, const Queue &queue);
+    int (*watch)(const WatchArgs &args, const Queue &queue);
 };
 
 }  // namespace ep

@@ -1,5 +1,5 @@
-// What an engine carries to peers whose windows are not mapped here: SEND leaves it in the outbox
-// (toward() in kernels/routing.h), one launch packs it into a parcel for each such peer, and when
+// What an engine carries from host memory to peers whose windows are not mapped here: SEND leaves
+// it in the outbox (kernels/ways.h), one launch packs it into a parcel for each such peer, and when
 // the parcels have been exchanged, one launch puts what came into this rank's window, as the peer
 // would have stored it. RECEIVE then knows no difference. A parcel is
 //
@@ -12,6 +12,7 @@
 #include "kernels/count.h"
 #include "kernels/kernels.h"
 #include "kernels/routing.h"
+#include "kernels/ways.h"
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
@@ -21,31 +22,8 @@ struct RecordHead {
 };
 static_assert(sizeof(RecordHead) == ParcelArgs::kRecordHeadBytes);
 
-// The place of what is carried, among others of its kind in a window.
-struct Box {
-    char *window;
-    int owner, source;
-
-    EP_DEVICE char *slot(const ParcelArgs &a, uint64_t epoch, int token) const {
-        const Layout &layout = a.round.layout;
-        switch (a.cargo) {
-            case Cargo::kMessages:
-                return layout.message(window, epoch, owner, source, token);
-            case Cargo::kWeights:
-                return layout.weight(window, epoch, owner, source, token);
-            case Cargo::kPartials:
-                break;
-        }
-        return layout.partial(window, epoch, owner, source, token);
-    }
-};
-
-EP_DEVICE char *body_of(const ParcelArgs &a, char *slot) {
-    return slot + (a.cargo == Cargo::kPartials ? Layout::kLineBytes : kHeadFlagBytes);
-}
-
 EP_DEVICE bool is_far(const Round &r, int peer) {
-    return r.state->far[peer] != 0 && is_active(r, peer);
+    return r.far.box_of[peer] != Far::kNear && is_active(r, peer);
 }
 
 EP_DEVICE uint64_t epoch_of(const ParcelArgs &a) {
@@ -71,12 +49,11 @@ EP_DEVICE bool has_record(const ParcelArgs &a, uint64_t epoch, uint64_t signal) 
 }
 
 // How many of the tokens below `end` have one. A warp.
-EP_DEVICE int count_records(const ParcelArgs &a, uint64_t epoch, const Box &from, int end) {
+EP_DEVICE int count_records(const ParcelArgs &a, uint64_t epoch, const Slots &from, int end) {
     int count = 0;
     for (int first = 0; first < end; first += Warp::size()) {
         const int token = first + Warp::rank();
-        const bool has =
-            token < end && has_record(a, epoch, load(Layout::flag(from.slot(a, epoch, token))));
+        const bool has = token < end && has_record(a, epoch, load(Layout::flag(from.of(token))));
         count += Warp::count(has).total;
     }
     return count;
@@ -85,7 +62,7 @@ EP_DEVICE int count_records(const ParcelArgs &a, uint64_t epoch, const Box &from
 EP_DEVICE void pack_record(const ParcelArgs &a, char *slot, int token, int value, char *to) {
     if (Warp::rank() == 0) *reinterpret_cast<RecordHead *>(to) = {token, value, {0, 0}};
     fan_out<Warp, kTermLoads>(
-        1, [&](int) { return to + sizeof(RecordHead); }, body_of(a, slot), a.body_bytes,
+        1, [&](int) { return to + sizeof(RecordHead); }, body_of(a.cargo, slot), a.body_bytes,
         a.round.caching);
 }
 
@@ -95,7 +72,7 @@ EP_DEVICE void pack_head(const ParcelArgs &a, uint64_t epoch, int peer, int toke
     auto *counts = reinterpret_cast<int32_t *>(parcel + sizeof(ParcelHead));
     for (int e = Warp::rank(); a.cargo == Cargo::kMessages && e < layout.local_expert_count;
          e += Warp::size())
-        counts[e] = Signal::value(load(layout.count(a.round.state->outbox, epoch, peer, e)));
+        counts[e] = Signal::value(load(words_to(a.round, Cargo::kMessages, epoch, peer) + e));
     if (Warp::rank() != 0) return;
     *reinterpret_cast<ParcelHead *>(parcel) = {epoch, a.cargo, tokens, records, {0, 0, 0}};
     a.sizes[peer] = a.bytes(records);
@@ -103,13 +80,13 @@ EP_DEVICE void pack_head(const ParcelArgs &a, uint64_t epoch, int peer, int toke
 
 // A range of tokens for each warp; the last one knows how many records there are.
 EP_DEVICE void pack_parcel(const ParcelArgs &a, uint64_t epoch, int peer) {
-    const Box from{a.round.state->outbox, a.round.rank, peer};
+    const Slots from = slots_to(a.round, a.cargo, epoch, peer);
     const int tokens = token_limit(a, a.round.rank, peer);
     const int warp = grid_index<Warp>(), warps = grid_count<Warp>();
     const Chunk chunk = Chunk::of(warp, warps, tokens);
     int records = count_records(a, epoch, from, chunk.begin);
     for (int token = chunk.begin; token < chunk.end; ++token) {
-        char *slot = from.slot(a, epoch, token);
+        char *slot = from.of(token);
         const uint64_t signal = load(Layout::flag(slot));
         if (!has_record(a, epoch, signal)) continue;
         pack_record(a, slot, token, Signal::value(signal), a.record(a.parcels[peer], records));
@@ -141,19 +118,19 @@ EP_DEVICE bool is_sound(const ParcelArgs &a, uint64_t epoch, int peer) {
 }
 
 // Tells what there is no record of: tokens from `begin` on, of which nothing comes here.
-EP_DEVICE void place_nothing(const ParcelArgs &a, uint64_t epoch, const Box &to, int begin,
+EP_DEVICE void place_nothing(const ParcelArgs &a, uint64_t epoch, const Slots &to, int begin,
                              int end) {
     if (a.cargo != Cargo::kMessages) return;
     for (int token = begin + Warp::rank(); token < end; token += Warp::size())
-        publish(Layout::flag(to.slot(a, epoch, token)), Signal::pack(epoch, 0));
+        publish(Layout::flag(to.of(token)), Signal::pack(epoch, 0));
 }
 
-EP_DEVICE void place_record(const ParcelArgs &a, uint64_t epoch, const Box &to,
+EP_DEVICE void place_record(const ParcelArgs &a, uint64_t epoch, const Slots &to,
                             const char *record) {
     const auto &head = *reinterpret_cast<const RecordHead *>(record);
-    char *slot = to.slot(a, epoch, head.token);
+    char *slot = to.of(head.token);
     fan_out<Warp, kTermLoads>(
-        1, [&](int) { return body_of(a, slot); }, record + sizeof(RecordHead), a.body_bytes,
+        1, [&](int) { return body_of(a.cargo, slot); }, record + sizeof(RecordHead), a.body_bytes,
         a.round.caching);
     before_publish<Warp>();
     if (Warp::rank() == 0)
@@ -162,21 +139,22 @@ EP_DEVICE void place_record(const ParcelArgs &a, uint64_t epoch, const Box &to,
 
 EP_DEVICE void place_counts(const ParcelArgs &a, uint64_t epoch, int peer) {
     const Layout &layout = a.round.layout;
-    char *window = a.round.window(a.round.rank), *parcel = a.parcels[peer];
+    char *parcel = a.parcels[peer];
     const auto &head = *reinterpret_cast<const ParcelHead *>(parcel);
     if (a.cargo == Cargo::kPartials && Warp::rank() == 0)
-        post(layout.arrival(window, epoch, peer), Signal::pack(epoch, 0));
+        post(words_from(a.round, Cargo::kPartials, epoch, peer), Signal::pack(epoch, 0));
     if (a.cargo != Cargo::kMessages) return;
     const auto *counts = reinterpret_cast<const int32_t *>(parcel + sizeof(ParcelHead));
+    uint64_t *words = words_from(a.round, Cargo::kMessages, epoch, peer);
     for (int e = Warp::rank(); e < layout.local_expert_count; e += Warp::size())
-        post(layout.count(window, epoch, peer, e), Signal::pack(epoch, counts[e]));
+        post(words + e, Signal::pack(epoch, counts[e]));
     if (Warp::rank() == 0)
-        post(layout.token_count(window, epoch, peer), Signal::pack(epoch, head.token_count));
+        post(words + layout.local_expert_count, Signal::pack(epoch, head.token_count));
 }
 
 // A range of records for each warp, and the tokens between them.
 EP_DEVICE void place_parcel(const ParcelArgs &a, uint64_t epoch, int peer) {
-    const Box to{a.round.window(a.round.rank), a.round.rank, peer};
+    const Slots to = slots_from(a.round, a.cargo, epoch, peer);
     const auto &head = *reinterpret_cast<const ParcelHead *>(a.parcels[peer]);
     const auto token_of = [&](int record) {
         if (record < 0) return -1;
@@ -215,14 +193,14 @@ EP_KERNEL place_parcels(const Args a) {
 
 template <class Args>
 int launch_pack(const Args &args, const Queue &queue) {
-    if constexpr (kHasFarPeers)
+    if constexpr (kPacksParcels)
         launch(pack_parcels<Args>, args, queue, sender_block_count_max(queue));
     return launch_error();
 }
 
 template <class Args>
 int launch_place(const Args &args, const Queue &queue) {
-    if constexpr (kHasFarPeers)
+    if constexpr (kPacksParcels)
         launch(place_parcels<Args>, args, queue, sender_block_count_max(queue));
     return launch_error();
 }

@@ -76,20 +76,6 @@ EP_DEVICE int next_owner(const Layout &layout, const int32_t *choices, int topk,
     return next;
 }
 
-// Where this rank writes for a peer: in the peer's window; or, where that is not mapped here, in
-// its own outbox, in the places that are the peer's in this rank's window. From there an engine
-// carries it (kernels/parcels.h).
-struct Toward {
-    char *window;
-    int owner, source;
-};
-EP_DEVICE Toward toward(const Round &round, int peer) {
-    if constexpr (kHasFarPeers)
-        if (round.state->outbox != nullptr && round.state->far[peer] != 0)
-            return {round.state->outbox, round.rank, peer};
-    return {round.window(peer), peer, round.rank};
-}
-
 // Does this rank take part? Its own rank always does.
 EP_DEVICE bool is_active(const Round &round, int rank) {
     return rank == round.rank || load(&round.active[rank]) != 0;

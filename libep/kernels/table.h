@@ -2,17 +2,19 @@
 #pragma once
 
 #include "kernels/combine.h"
+#include "kernels/deliver.h"
 #include "kernels/dispatch.h"
 #include "kernels/knock.h"
 #include "kernels/parcels.h"
+#include "kernels/watch.h"
 
 #include <initializer_list>
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
 inline Kernels kernels() {
-    return {chunk_count_max, launch_dispatch,        launch_combine, suits_lines,
-            launch_knock,    launch_combine_weights, launch_pack,    launch_place};
+    return {chunk_count_max,        launch_dispatch, launch_combine, suits_lines,    launch_knock,
+            launch_combine_weights, launch_pack,     launch_place,   launch_deliver, launch_watch};
 }
 
 // Loads every kernel onto the current device; see Queue::load_only.
@@ -42,6 +44,8 @@ inline int load_kernels() {
         load(Carriage::kFlag, type);
         load(Carriage::kLine, type);
     }
+    launch_deliver({}, queue);
+    launch_watch({}, queue);
     return launch_knock({}, queue);
 }
 

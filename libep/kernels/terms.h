@@ -6,6 +6,7 @@
 #include "kernels/cast.h"
 #include "kernels/kernels.h"
 #include "kernels/routing.h"
+#include "kernels/ways.h"
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
@@ -101,7 +102,7 @@ struct Outgoing {
 // The weights that the owner of a token has given to this combine; nullptr if it failed. One warp.
 EP_DEVICE const float *await_weights(const Wait &wait, const Outgoing &out) {
     const Round &r = wait.round;
-    char *weight = r.layout.weight(r.window(r.rank), out.epoch, r.rank, out.source, out.token);
+    char *weight = slots_from(r, Cargo::kWeights, out.epoch, out.source).of(out.token);
     uint64_t signal;
     if (!wait.until<Warp>(Layout::flag(weight), out.epoch, out.source, &signal)) return nullptr;
     return Layout::weight_values(weight);
@@ -110,10 +111,8 @@ EP_DEVICE const float *await_weights(const Wait &wait, const Outgoing &out) {
 EP_DEVICE void tell_peers(const Round &r, uint64_t epoch) {
     if (Block::rank() == 0) r.routing.state->combine_epoch = epoch;
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size())
-        if (peer != r.rank && is_active(r, peer)) {
-            const Toward to = toward(r, peer);
-            post(r.layout.arrival(to.window, epoch, to.source), Signal::pack(epoch, 0));
-        }
+        if (peer != r.rank && is_active(r, peer))
+            post(words_to(r, Cargo::kPartials, epoch, peer), Signal::pack(epoch, 0));
 }
 
 // Until every peer has begun the round.
@@ -122,8 +121,7 @@ EP_DEVICE void await_arrivals(const Round &r, uint64_t epoch) {
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
         uint64_t signal;
         if (peer != r.rank)
-            wait.until_posted(r.layout.arrival(r.window(r.rank), epoch, peer), epoch, peer,
-                              &signal);
+            wait.until_posted(words_from(r, Cargo::kPartials, epoch, peer), epoch, peer, &signal);
     }
 }
 

@@ -2,29 +2,55 @@
 
 #include "base/status.h"
 
-#include <algorithm>
-#include <cstring>
-
 namespace ep {
 
-mep_status_t Collective::create(Device *device, Engine *engine, const Layout &layout,
-                                const std::vector<bool> &far, BufferState *state) {
-    if (std::find(far.begin(), far.end(), true) == far.end()) return MEP_OK;
-    const std::vector<int32_t> numbers(far.begin(), far.end());
-    EP_TRY(device->allocate(sizeof(int32_t) * numbers.size(), &far_on_device_));
-    EP_TRY(device->write(far_on_device_.get(), numbers.data(), sizeof(int32_t) * numbers.size()));
-    EP_TRY(device->allocate(layout.bytes, &outbox_));
-    const auto *numbers_there = static_cast<const int32_t *>(far_on_device_.get());
-    auto *outbox = static_cast<char *>(outbox_.get());
-    EP_TRY(device->write(&state->far, &numbers_there, sizeof numbers_there));
-    EP_TRY(device->write(&state->outbox, &outbox, sizeof outbox));
+mep_status_t Collective::create(Device *device, Engine *engine, DeviceEngine *device_engine,
+                                const Layout &layout, const std::vector<bool> &far) {
+    int32_t boxes = 0;
+    for (const bool one : far)
+        box_of_.push_back(one ? boxes++ : Far::kNear);
+    if (boxes == 0) return MEP_OK;
+    const size_t numbers_bytes = sizeof(int32_t) * box_of_.size();
+    kernel_far_.boxes = Boxes::of(layout, boxes);
+    EP_TRY(device->allocate(numbers_bytes, &box_of_on_device_));
+    EP_TRY(device->write(box_of_on_device_.get(), box_of_.data(), numbers_bytes));
+    EP_TRY(device->allocate(kernel_far_.boxes.bytes(), &outbox_));
+    if (device_engine != nullptr) EP_TRY(device->allocate(kernel_far_.boxes.bytes(), &inbox_));
+    kernel_far_.box_of = static_cast<const int32_t *>(box_of_on_device_.get());
+    kernel_far_.outbox = static_cast<char *>(outbox_.get());
     sent_.resize(far.size());
     received_.resize(far.size());
-    far_ = far;
     device_ = device;
     engine_ = engine;
+    device_engine_ = device_engine;
+    far_ = far;
     return MEP_OK;
 }
+
+mep_status_t Collective::carry(const Round &round, Cargo cargo, size_t body_bytes,
+                               const Queue &queue, const Deadline &deadline, bool stays_in_inbox) {
+    if (device_engine_ == nullptr) return carry_parcels(round, cargo, body_bytes, queue, deadline);
+    EP_TRY(carry_boxes(round, cargo, queue));
+    if (stays_in_inbox) return MEP_OK;
+    DeliverArgs args{round, cargo, body_bytes};
+    args.round.far.inbox = inbox();
+    return device_->launch_status(device_->kernels().deliver(args, queue));
+}
+
+// ---- Boxes, on GPUs -----------------------------------------------------------------------------
+
+// All of a box, whatever is in it: nobody has to know how much that is.
+mep_status_t Collective::carry_boxes(const Round &round, Cargo cargo, const Queue &queue) {
+    const Boxes &boxes = kernel_far_.boxes;
+    std::vector<Exchange> exchanges(far_.size());
+    for (size_t peer = 0; peer < far_.size(); ++peer)
+        if (far_[peer])
+            exchanges[peer] = {boxes.box(kernel_far_.outbox, cargo, box_of_[peer]),
+                               boxes.box(inbox(), cargo, box_of_[peer]), boxes.bytes_of(cargo)};
+    return device_engine_->exchange(round, exchanges, queue);
+}
+
+// ---- Parcels, on the CPU ------------------------------------------------------------------------
 
 // The far peers that are not masked.
 std::vector<bool> Collective::partners(const Round &round) const {
@@ -34,8 +60,8 @@ std::vector<bool> Collective::partners(const Round &round) const {
     return partners;
 }
 
-mep_status_t Collective::carry(const Round &round, Cargo cargo, size_t body_bytes,
-                               const Queue &queue, const Deadline &deadline) {
+mep_status_t Collective::carry_parcels(const Round &round, Cargo cargo, size_t body_bytes,
+                                       const Queue &queue, const Deadline &deadline) {
     ParcelArgs args{};
     args.round = round;
     args.cargo = cargo;
@@ -50,8 +76,7 @@ mep_status_t Collective::carry(const Round &round, Cargo cargo, size_t body_byte
     return place(args, queue);
 }
 
-// The kernels' arrays are the host's own here: a device with far peers is one whose memory the host
-// reaches (see core/group.cc).
+// The kernels' arrays are the host's own here.
 mep_status_t Collective::pack(ParcelArgs args, const Queue &queue) {
     std::vector<char *> parcels(far_.size());
     std::vector<uint64_t> sizes(far_.size());

@@ -114,6 +114,33 @@ TransportChoice inside_a_host(const GroupFacts &facts, int one, int other) {
 
 }  // namespace
 
+namespace {
+
+const char *nccl_name(const RankFacts &rank) {
+    return rank.backend == MEP_BACKEND_MACA ? "MCCL" : "NCCL";
+}
+
+// "" if it carries rows of the group, or "why not; ".
+std::string why_not_nccl(const GroupFacts &facts) {
+    const RankFacts &first = facts.ranks[0];
+    if (first.backend == MEP_BACKEND_CPU) return "CPU ranks have none; ";
+    const std::string name = nccl_name(first);
+    for (int rank = 0; rank < facts.rank_count(); ++rank)
+        if (facts.ranks[rank].nccl != first.nccl || first.nccl == 0)
+            return first.nccl == 0 || facts.ranks[rank].nccl == 0
+                       ? "not all ranks can load " + name + "; "
+                       : rank_text(rank) + " has another version of " + name + " than rank 0; ";
+    for (int one = 0; one < facts.rank_count(); ++one)
+        for (int other = 0; other < one; ++other)
+            if (same_host(facts.ranks[one], facts.ranks[other]) &&
+                same_device(facts.ranks[one], facts.ranks[other]))
+                return "ranks " + std::to_string(other) + " and " + std::to_string(one) +
+                       " share a GPU, which " + name + " refuses; ";
+    return "";
+}
+
+}  // namespace
+
 void choose_engine(GroupFacts *facts) {
     const RankFacts &first = facts->ranks[0];
     bool one_host = true, addresses = true;
@@ -122,19 +149,53 @@ void choose_engine(GroupFacts *facts) {
         addresses = addresses && rank.tcp_address[0] != '\0';
     }
     facts->engine = static_cast<EngineKind>(first.engine);
-    if (facts->engine == kEngineNone) {
-        facts->no_engine = "nothing else carries rows of this backend yet";
-    } else if (facts->engine == kEngineTcp && !one_host && !addresses) {
+    if (facts->engine != kEngineTcp) return;
+    const std::string no_nccl = why_not_nccl(*facts);
+    if (no_nccl.empty()) {
+        facts->engine = kEngineNccl;
+    } else if (!one_host && !addresses) {
         facts->engine = kEngineNone;
-        facts->no_engine = "TCP carries rows if MOONCAKE_EP_TCP_ADDRESS is set on every rank";
+        facts->no_engine = (first.backend == MEP_BACKEND_CPU ? "" : no_nccl) +
+                           "TCP carries rows if MOONCAKE_EP_TCP_ADDRESS is set on every rank";
     }
 }
+
+std::vector<bool> far_peers(const GroupFacts &facts, int rank) {
+    std::vector<bool> far(facts.rank_count());
+    for (int peer = 0; peer < facts.rank_count(); ++peer)
+        far[peer] = choose_transport(facts, rank, peer).kind == MEP_TRANSPORT_COLLECTIVE;
+    return far;
+}
+
+namespace {
+
+std::string engine_name(const GroupFacts &facts) {
+    switch (facts.engine) {
+        case kEngineTcp:
+            return "by TCP: ";
+        case kEngineNccl:
+            return std::string("by ") + nccl_name(facts.ranks[0]) + ": ";
+        case kEngineCallerOnStream:
+            return "by the caller's all_to_all_on_stream: ";
+        case kEngineCaller:
+        case kEngineNone:
+            break;
+    }
+    return "by the caller's all_to_all: ";
+}
+
+}  // namespace
 
 TransportChoice choose_transport(const GroupFacts &facts, int one, int other) {
     if (one == other) return {MEP_TRANSPORT_SELF, "self", "the rank itself"};
     const int low = one < other ? one : other, high = one < other ? other : one;
     std::string why;
-    if (!same_host(facts.ranks[one], facts.ranks[other])) why = "they are on different hosts";
+    const RankFacts &a = facts.ranks[low], &b = facts.ranks[high];
+    if (!same_host(a, b))
+        why = "they are on different hosts";
+    else if (std::strncmp(a.island, b.island, sizeof a.island) != 0)
+        why = std::string("MOONCAKE_EP_ISLAND is '") + a.island + "' on " + rank_text(low) +
+              " and '" + b.island + "' on " + rank_text(high);
     for (const int rank : {low, high})
         if (why.empty() && facts.ranks[rank].p2p_disabled != 0)
             why = "MOONCAKE_EP_DISABLE_P2P or disable_p2p is set on " + rank_text(rank);
@@ -143,8 +204,7 @@ TransportChoice choose_transport(const GroupFacts &facts, int one, int other) {
     if (why.empty()) return inside_a_host(facts, low, high);
     if (facts.engine == kEngineNone)
         return {MEP_TRANSPORT_NONE, "none", why + "; " + facts.no_engine};
-    return {MEP_TRANSPORT_COLLECTIVE, "collective",
-            (facts.engine == kEngineTcp ? "by TCP: " : "by the caller's all_to_all: ") + why};
+    return {MEP_TRANSPORT_COLLECTIVE, "collective", engine_name(facts) + why};
 }
 
 int count_unreachable(const GroupFacts &facts, std::string *text) {

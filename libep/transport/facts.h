@@ -19,13 +19,21 @@ struct RankFacts {
     int32_t backend;      // MEP_BACKEND_*
     int32_t physical;     // number of a MetaX GPU on its host, see gate.h; otherwise -1
     char device[16];      // UUID of a GPU; zero for the CPU
-    int32_t engine;       // EngineKind
+    int32_t engine;       // EngineKind: the caller's, or kEngineTcp
     int32_t p2p_disabled;
+    int32_t nccl;           // its version, or MCCL's; 0: it has none
+    char island[60];        // only ranks of the same reach each other's memory
     char tcp_address[128];  // of this machine, for ranks elsewhere; "" if nobody has said
 };
 
-// What a rank has to carry rows where memory is not reached.
-enum EngineKind : int32_t { kEngineNone, kEngineTcp, kEngineCaller };
+// What carries rows where memory is not reached.
+enum EngineKind : int32_t {
+    kEngineNone,
+    kEngineTcp,
+    kEngineCaller,
+    kEngineCallerOnStream,
+    kEngineNccl
+};
 
 mep_status_t local_facts(const Device &device, int32_t backend, RankFacts *facts);
 
@@ -65,6 +73,9 @@ bool any_share_streams(const GroupFacts &facts);
 
 // What carries rows between ranks that do not reach each other's memory, the same for the group.
 void choose_engine(GroupFacts *facts);
+
+// Between whom does it?
+std::vector<bool> far_peers(const GroupFacts &facts, int rank);
 
 struct TransportChoice {
     int32_t kind;  // MEP_TRANSPORT_*

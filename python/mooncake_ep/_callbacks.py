@@ -14,22 +14,35 @@ AllGather = Callable[[bytes], Sequence[bytes]]
 # Sends send[rank] to each rank and fills receive[rank] from it; both may be empty. Blocking.
 AllToAll = Callable[[list[memoryview], list[memoryview]], None]
 
+# The same for device memory: addresses to send from and to receive at, and sizes in bytes, by rank;
+# queued on a stream, which is given as an integer. A size may be 0.
+AllToAllOnStream = Callable[[list[int], list[int], list[int], int], None]
+
 
 class Callbacks:
     """C callbacks over Python functions; they keep what those raised for Python to raise again."""
 
     def __init__(
-        self, rank_count: int, all_gather: AllGather | None, all_to_all: AllToAll | None
+        self,
+        rank_count: int,
+        all_gather: AllGather | None,
+        all_to_all: AllToAll | None,
+        all_to_all_on_stream: AllToAllOnStream | None,
     ) -> None:
         """Wrap what is given."""
         self._rank_count = rank_count
         self._all_gather, self._all_to_all = all_gather, all_to_all
+        self._all_to_all_on_stream = all_to_all_on_stream
         self._error: BaseException | None = None
         self.fields: dict[str, Any] = {}  # of mep_group_config_t
         if all_gather is not None:
             self.fields["all_gather"] = ffi.callback("mep_all_gather_callback_t")(self._gather)
         if all_to_all is not None:
             self.fields["all_to_all"] = ffi.callback("mep_all_to_all_callback_t")(self._exchange)
+        if all_to_all_on_stream is not None:
+            self.fields["all_to_all_on_stream"] = ffi.callback(
+                "mep_all_to_all_on_stream_callback_t"
+            )(self._queue_exchange)
 
     def take_error(self) -> BaseException | None:
         """Return what the last call raised, once."""
@@ -62,6 +75,25 @@ class Callbacks:
             return 1
         return 0
 
+    def _queue_exchange(
+        self, _context: Any, send: Any, receive: Any, sizes: Any, stream: Any
+    ) -> int:
+        try:
+            assert self._all_to_all_on_stream is not None
+            self._all_to_all_on_stream(
+                self._addresses(send),
+                self._addresses(receive),
+                [sizes[rank] for rank in range(self._rank_count)],
+                int(ffi.cast("uintptr_t", stream)),
+            )
+        except BaseException as error:
+            self._error = error
+            return 1
+        return 0
+
+    def _addresses(self, pointers: Any) -> list[int]:
+        return [int(ffi.cast("uintptr_t", pointers[rank])) for rank in range(self._rank_count)]
+
     def _views(self, addresses: Any, sizes: Any) -> list[memoryview]:
         return [
             memoryview(ffi.buffer(ffi.cast("char *", addresses[rank]), sizes[rank])).cast("B")
@@ -76,8 +108,7 @@ def torch_all_to_all(process_group: Any) -> AllToAll:
     torch = importlib.import_module("torch")
     distributed = importlib.import_module("torch.distributed")
     # The bytes are the host's; NCCL and its like take them through their GPU.
-    backend = str(distributed.get_backend(process_group))
-    device = torch.device("cuda" if "nccl" in backend else "cpu")
+    device = torch.device("cpu" if _has_host_collectives(process_group) else "cuda")
 
     kept: dict[str, Any] = {}  # tensors, because new memory costs as much as a copy
 
@@ -97,6 +128,68 @@ def torch_all_to_all(process_group: Any) -> AllToAll:
         _scatter(memoryview(output.cpu().numpy()), receive)
 
     return all_to_all
+
+
+def torch_all_to_all_on_stream(process_group: Any) -> AllToAllOnStream | None:
+    """Exchange over a process group's collectives for GPUs; None if it has none, or has NCCL's.
+
+    The library has NCCL, or MCCL, itself, without Python in the way.
+    """
+    torch = importlib.import_module("torch")
+    distributed = importlib.import_module("torch.distributed")
+    backend = _backend_of(process_group)
+    if any(name in backend for name in ("nccl", "mccl")) or _has_host_collectives(process_group):
+        return None
+    ranks = distributed.get_process_group_ranks(process_group or distributed.group.WORLD)
+
+    def all_to_all_on_stream(
+        send: list[int], receive: list[int], sizes: list[int], stream: int
+    ) -> None:
+        queue = torch.cuda.ExternalStream(stream) if stream else torch.cuda.default_stream()
+        with torch.cuda.stream(queue):
+            operations = [
+                distributed.P2POp(
+                    operation,
+                    _Memory.tensor(torch, addresses[rank], size),
+                    ranks[rank],
+                    process_group,
+                )
+                for rank, size in enumerate(sizes)
+                if size
+                for operation, addresses in (
+                    (distributed.isend, send),
+                    (distributed.irecv, receive),
+                )
+            ]
+            for work in distributed.batch_isend_irecv(operations) if operations else ():
+                work.wait()
+
+    return all_to_all_on_stream
+
+
+class _Memory:
+    """Device memory, as arrays of others take it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+    @classmethod
+    def tensor(cls, torch: Any, address: int, size: int) -> Any:
+        return torch.as_tensor(cls(address, size), device="cuda")
+
+
+def _backend_of(process_group: Any) -> str:
+    """Return the name of a process group's backend, or those of its devices: cpu:gloo,cuda:nccl."""
+    return str(importlib.import_module("torch.distributed").get_backend(process_group))
+
+
+def _has_host_collectives(process_group: Any) -> bool:
+    return any(name in _backend_of(process_group) for name in ("gloo", "mpi", "cpu"))
 
 
 def mpi_all_to_all(comm: Any) -> AllToAll:

@@ -8,7 +8,15 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from ._callbacks import AllGather, AllToAll, Callbacks, mpi_all_to_all, torch_all_to_all
+from ._callbacks import (
+    AllGather,
+    AllToAll,
+    AllToAllOnStream,
+    Callbacks,
+    mpi_all_to_all,
+    torch_all_to_all,
+    torch_all_to_all_on_stream,
+)
 from ._ffi import ffi
 from ._lib import BACKENDS, EpError, backend_code, check, failure, lib, struct, text, timeout_us
 
@@ -159,6 +167,7 @@ class Group:
         cls,
         all_gather: AllGather,
         all_to_all: AllToAll | None = None,
+        all_to_all_on_stream: AllToAllOnStream | None = None,
         *,
         rank: int,
         rank_count: int,
@@ -172,11 +181,14 @@ class Group:
         ``all_gather`` is called now and when buffers are created, with a bytes object of the same
         length on each rank, and returns those of all ranks in their order. What it raises is raised
         here. ``all_to_all`` carries rows between ranks that do not reach each other's memory (None:
-        TCP does): it is called while rounds are sent, with lists of memoryviews by rank, sends the
-        first ones and fills the second ones; some are empty. What it raises becomes the cause of an
-        EpError.
+        on GPUs NCCL, or MCCL, does, if all ranks have it and none share a GPU; otherwise TCP): it
+        is called while rounds are sent, with lists of memoryviews by rank, sends the first ones and
+        fills the second ones; some are empty. On GPUs, ``all_to_all_on_stream`` instead is called
+        with lists of device addresses to send from and to receive at, and of sizes in bytes, and
+        with the stream, as an integer, on which it queues that. What they raise becomes the cause
+        of an EpError.
         """
-        callbacks = Callbacks(rank_count, all_gather, all_to_all)
+        callbacks = Callbacks(rank_count, all_gather, all_to_all, all_to_all_on_stream)
         fields = _fields(backend, device_id, timeout_s, disable_p2p)
         return cls(callbacks, rank=rank, rank_count=rank_count, **fields)
 
@@ -193,7 +205,8 @@ class Group:
         """Join the ranks of a torch.distributed process group (None: the default one).
 
         Anything goes for which torch.distributed.all_gather_object() works. Where memory is not
-        reached, rows go by its all_to_all_single().
+        reached, rows of CPU ranks go by its all_to_all_single(); of GPUs by NCCL or MCCL, or else
+        by TCP, or by its batch_isend_irecv() if its backend is another one for GPUs.
         """
         distributed = importlib.import_module("torch.distributed")
         rank_count = distributed.get_world_size(process_group)
@@ -205,7 +218,8 @@ class Group:
 
         return cls.from_callback(
             all_gather,
-            torch_all_to_all(process_group),
+            torch_all_to_all(process_group) if backend == "cpu" else None,
+            None if backend == "cpu" else torch_all_to_all_on_stream(process_group),
             rank=distributed.get_rank(process_group),
             rank_count=rank_count,
             backend=backend,
@@ -226,11 +240,12 @@ class Group:
     ) -> Group:
         """Join the ranks of an mpi4py communicator, by Get_rank, Get_size and allgather.
 
-        Where memory is not reached, rows go by Alltoallv, if it has one, or else by TCP.
+        Where memory is not reached, rows of CPU ranks go by Alltoallv, if it has one, or else by
+        TCP; of GPUs by NCCL or MCCL, or else by TCP.
         """
         return cls.from_callback(
             comm.allgather,
-            mpi_all_to_all(comm) if hasattr(comm, "Alltoallv") else None,
+            mpi_all_to_all(comm) if backend == "cpu" and hasattr(comm, "Alltoallv") else None,
             rank=comm.Get_rank(),
             rank_count=comm.Get_size(),
             backend=backend,

@@ -121,8 +121,9 @@ class Fleet {
     explicit Fleet(const Rig &rig) : rig_(rig), layout_(rig.layout()) {
         for (int rank = 0; rank < rig.ranks; ++rank) {
             Member &member = members_.emplace_back();
-            member.window = new_window();
-            if (rig.far) member.outbox = new_window();
+            member.window = new_memory(layout_.bytes);
+            member.outbox = new_memory(boxes_.bytes());
+            member.inbox = new_memory(boxes_.bytes());
             member.active.assign(rig.ranks, 1);
             if (create_workers(rig.threads, &member.workers) != MEP_OK) std::abort();
             member.tally.resize(size_t(rig.experts) *
@@ -132,13 +133,8 @@ class Fleet {
         for (int rank = 0; rank < rig.ranks; ++rank)
             for (int peer = 0; peer < rig.ranks; ++peer) {
                 const bool far = rig.far && peer != rank;
-                members_[rank].far.push_back(far);
+                members_[rank].box_of.push_back(far ? box_at(rank, peer) : Far::kNear);
                 members_[rank].mapped.push_back(far ? nullptr : windows_[peer]);
-            }
-        for (Member &member : members_)
-            if (rig.far) {
-                member.state.far = member.far.data();
-                member.state.outbox = member.outbox.get();
             }
     }
 
@@ -183,6 +179,13 @@ class Fleet {
         kernels_.combine(combine_args(task), Phases::kBoth, queue(task.rank));
     }
 
+    // An exchange of whole boxes between far ranks; where each finds what came.
+    void exchange(Cargo cargo);
+    void receive_from_inbox(Task &task, bool from_inbox) {
+        members_[task.rank].receives_from_inbox = from_inbox;
+    }
+    void deliver(Cargo cargo, Task &task);
+
     // What an engine carries between far ranks, [from][to].
     using Parcels = std::vector<std::vector<std::vector<char>>>;
     void send_weights(Task &task) {
@@ -207,19 +210,22 @@ class Fleet {
     };
     using Memory = std::unique_ptr<char, Free>;
     struct Member {
-        Memory window, outbox;
+        Memory window, outbox, inbox;
         std::vector<char *> mapped;  // [rank]
         BufferState state{};
-        std::vector<int32_t> active, tally, far;
+        std::vector<int32_t> active, tally, box_of;
+        bool receives_from_inbox = false;
         std::unique_ptr<Workers> workers;
     };
 
-    Memory new_window() const {
-        void *window = nullptr;
-        if (posix_memalign(&window, Layout::kLineBytes, layout_.bytes) != 0) std::abort();
-        std::memset(window, 0, layout_.bytes);
-        return Memory(static_cast<char *>(window));
+    static Memory new_memory(size_t bytes) {
+        void *memory = nullptr;
+        if (posix_memalign(&memory, Layout::kLineBytes, bytes) != 0) std::abort();
+        std::memset(memory, 0, bytes);
+        return Memory(static_cast<char *>(memory));
     }
+    static int32_t box_at(int rank, int peer) { return peer - (peer > rank); }
+    size_t body_bytes(Cargo cargo) const;
 
     Queue queue(int rank) const {
         Queue queue;
@@ -248,6 +254,7 @@ class Fleet {
 
     Rig rig_;
     Layout layout_;
+    Boxes boxes_ = Boxes::of(layout_, rig_.far ? rig_.ranks - 1 : 0);
     Kernels kernels_ = kernels_under_test();
     std::vector<Member> members_;
     std::vector<char *> windows_;
@@ -367,6 +374,9 @@ inline ep::Round Fleet::kernel_round(Task &task) {
     round.topk = rig_.topk;
     round.hidden = rig_.hidden;
     round.caching = rig_.caching;
+    if (rig_.far)
+        round.far = {member.box_of.data(), member.outbox.get(),
+                     member.receives_from_inbox ? member.inbox.get() : nullptr, boxes_};
     return round;
 }
 
@@ -406,17 +416,35 @@ inline CombineArgs Fleet::combine_args(Task &task) {
     return args;
 }
 
-inline ParcelArgs Fleet::parcel_args(Cargo cargo, Task &task) {
+inline size_t Fleet::body_bytes(Cargo cargo) const {
     const auto whole = [](size_t bytes) { return (bytes + 15) / 16 * 16; };
+    return cargo == Cargo::kMessages ? layout_.head_bytes - kHeadFlagBytes +
+                                           whole(rig_.out_row_bytes() + rig_.scale_bytes())
+           : cargo == Cargo::kWeights ? layout_.weight_bytes - kHeadFlagBytes
+                                      : whole(size_t(rig_.hidden) * (rig_.wide_partials() ? 4 : 2));
+}
+
+inline ParcelArgs Fleet::parcel_args(Cargo cargo, Task &task) {
     ParcelArgs args{};
     args.round = kernel_round(task);
     args.cargo = cargo;
-    args.body_bytes =
-        cargo == Cargo::kMessages
-            ? layout_.head_bytes - kHeadFlagBytes + whole(rig_.out_row_bytes() + rig_.scale_bytes())
-        : cargo == Cargo::kWeights ? layout_.weight_bytes - kHeadFlagBytes
-                                   : whole(size_t(rig_.hidden) * (rig_.wide_partials() ? 4 : 2));
+    args.body_bytes = body_bytes(cargo);
     return args;
+}
+
+inline void Fleet::exchange(Cargo cargo) {
+    for (int from = 0; from < rig_.ranks; ++from)
+        for (int to = 0; to < rig_.ranks; ++to)
+            if (from != to)
+                std::memcpy(boxes_.box(members_[to].inbox.get(), cargo, box_at(to, from)),
+                            boxes_.box(members_[from].outbox.get(), cargo, box_at(from, to)),
+                            boxes_.bytes_of(cargo));
+}
+
+inline void Fleet::deliver(Cargo cargo, Task &task) {
+    DeliverArgs args{kernel_round(task), cargo, body_bytes(cargo)};
+    args.round.far.inbox = members_[task.rank].inbox.get();
+    kernels_.deliver(args, queue(task.rank));
 }
 
 inline std::vector<std::vector<char>> Fleet::pack(Cargo cargo, Task &task) {

@@ -24,6 +24,7 @@ struct Group {
             std::snprintf(rank.host, sizeof rank.host, "host %d", place.host);
             rank.process[0] = place.process;
             rank.backend = backend;
+            rank.engine = kEngineTcp;
             rank.device[0] = static_cast<char>(place.device);
             rank.device[1] = static_cast<char>(place.device >> 8);
             facts.ranks.push_back(rank);
@@ -64,8 +65,6 @@ void expect_one_answer(const GroupFacts &facts) {
         }
 }
 
-const std::string kNothingElse = "; nothing else carries rows of this backend yet";
-
 TEST(Choice, FollowsWhereRanksAre) {
     const Group cpus(MEP_BACKEND_CPU, {{0, 1, 0}, {0, 1, 0}, {0, 2, 0}, {1, 3, 0}});
     EXPECT_EQ(choose_transport(cpus.facts, 0, 0).kind, MEP_TRANSPORT_SELF);
@@ -74,8 +73,8 @@ TEST(Choice, FollowsWhereRanksAre) {
     EXPECT_EQ(choose_transport(cpus.facts, 2, 3).kind, 0);
     EXPECT_EQ(
         cpus.unreachable(),
-        "ranks 0 and 3 cannot reach each other: they are on different hosts; nothing else carries "
-        "rows of this backend yet; nor can 2 more pairs");
+        "ranks 0 and 3 cannot reach each other: they are on different hosts; TCP carries rows "
+        "if MOONCAKE_EP_TCP_ADDRESS is set on every rank; nor can 2 more pairs");
     const Group gpus(MEP_BACKEND_CUDA, {{0, 1, 0}, {0, 1, 1}, {0, 2, 2}});
     EXPECT_EQ(choose_transport(gpus.facts, 0, 1).kind, MEP_TRANSPORT_THREAD);
     EXPECT_EQ(choose_transport(gpus.facts, 0, 2).kind, MEP_TRANSPORT_IPC);
@@ -100,11 +99,11 @@ TEST(Choice, KeepsToIslands) {
     for (int one = 0; one < 8; ++one)
         for (int other = one + 1; other < 8; ++other)
             EXPECT_EQ(choose_transport(group.facts, one, other).kind,
-                      one / 4 == other / 4 ? MEP_TRANSPORT_IPC : 0);
-    EXPECT_EQ(group.unreachable(),
-              "ranks 0 and 4 cannot reach each other: the device of rank 0 has no peer access to "
-              "that of rank 4" +
-                  kNothingElse + "; nor can 15 more pairs");
+                      one / 4 == other / 4 ? MEP_TRANSPORT_IPC : MEP_TRANSPORT_COLLECTIVE);
+    EXPECT_EQ(choose_transport(group.facts, 7, 0).reason,
+              "by TCP: the device of rank 0 has no peer access to that of rank 7");
+    EXPECT_EQ(far_peers(group.facts, 5),
+              (std::vector<bool>{true, true, true, true, false, false, false, false}));
     expect_one_answer(group.facts);
 }
 
@@ -113,20 +112,17 @@ TEST(Choice, SaysHowToOpenTheGate) {
     for (int rank = 0; rank < 4; ++rank)
         group.facts.ranks[rank].physical = 3 - rank;
     group.access(0, 2) = Access::kGated;
-    EXPECT_EQ(group.unreachable(),
-              "ranks 0 and 2 cannot reach each other: GPUs 3-1 of rank 0 and rank 2 are not near; "
-              "MOONCAKE_EP_MACA_P2P_PAIRS=3-1 or MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 allows them" +
-                  kNothingElse);
+    EXPECT_EQ(choose_transport(group.facts, 0, 2).reason,
+              "by TCP: GPUs 3-1 of rank 0 and rank 2 are not near; "
+              "MOONCAKE_EP_MACA_P2P_PAIRS=3-1 or MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 allows them");
     expect_one_answer(group.facts);
 }
 
 TEST(Choice, NeedsBothDirections) {
     Group group(MEP_BACKEND_CUDA, processes(3, 3));
     group.access(2, 1) = Access::kRefused;
-    EXPECT_EQ(group.unreachable(),
-              "ranks 1 and 2 cannot reach each other: the device of rank 2 has no peer access to "
-              "that of rank 1" +
-                  kNothingElse);
+    EXPECT_EQ(choose_transport(group.facts, 1, 2).reason,
+              "by TCP: the device of rank 2 has no peer access to that of rank 1");
     EXPECT_EQ(choose_transport(group.facts, 0, 1).kind, MEP_TRANSPORT_IPC);
     expect_one_answer(group.facts);
 }
@@ -157,10 +153,9 @@ TEST(Choice, SaysWhatATrialFound) {
           Case{Trial::kNotShared, "rank 1 cannot share its memory"}}) {
         Group group(MEP_BACKEND_CUDA, processes(3, 3));
         group.trial(2, 1) = found.trial;
-        EXPECT_EQ(choose_transport(group.facts, 1, 2).kind, 0);
+        EXPECT_EQ(choose_transport(group.facts, 1, 2).kind, MEP_TRANSPORT_COLLECTIVE);
         EXPECT_EQ(choose_transport(group.facts, 0, 1).kind, MEP_TRANSPORT_IPC);
-        EXPECT_EQ(group.unreachable(), std::string("ranks 1 and 2 cannot reach each other: ") +
-                                           found.why + kNothingElse);
+        EXPECT_EQ(choose_transport(group.facts, 1, 2).reason, std::string("by TCP: ") + found.why);
         expect_one_answer(group.facts);
     }
 }
@@ -202,13 +197,52 @@ TEST(Choice, TakesTcpBetweenHostsOnlyIfAllHaveAnAddress) {
 
 TEST(Choice, ReachesNoMemoryOfARankThatDisablesIt) {
     Group group(MEP_BACKEND_CPU, {{0, 1, 0}, {0, 1, 0}, {0, 1, 0}});
-    for (RankFacts &rank : group.facts.ranks)
-        rank.engine = kEngineTcp;  // on one host, so no address is needed
     group.facts.ranks[1].p2p_disabled = 1;
-    choose_engine(&group.facts);
     EXPECT_EQ(choose_transport(group.facts, 0, 2).kind, MEP_TRANSPORT_THREAD);
     EXPECT_EQ(choose_transport(group.facts, 2, 1).reason,
               "by TCP: MOONCAKE_EP_DISABLE_P2P or disable_p2p is set on rank 1");
+    expect_one_answer(group.facts);
+}
+
+TEST(Choice, ReachesNoMemoryOfAnotherIsland) {
+    Group group(MEP_BACKEND_CPU, {{0, 1, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}});
+    for (int rank = 0; rank < 4; ++rank)
+        std::snprintf(group.facts.ranks[rank].island, sizeof group.facts.ranks[rank].island, "%s",
+                      rank < 2 ? "left" : "right");
+    EXPECT_EQ(choose_transport(group.facts, 2, 3).kind, MEP_TRANSPORT_THREAD);
+    EXPECT_EQ(choose_transport(group.facts, 2, 1).reason,
+              "by TCP: MOONCAKE_EP_ISLAND is 'left' on rank 1 and 'right' on rank 2");
+    expect_one_answer(group.facts);
+}
+
+TEST(Choice, TakesNcclIfAllHaveItAndAGpuOfTheirOwn) {
+    constexpr int kVersion = 22809;
+    Group group(MEP_BACKEND_CUDA, processes(4, 2));
+    const auto reason = [&group] {
+        choose_engine(&group.facts);
+        return choose_transport(group.facts, 1, 2).reason;
+    };
+    for (RankFacts &rank : group.facts.ranks)
+        rank.nccl = kVersion;
+    EXPECT_EQ(reason(), "by NCCL: they are on different hosts");
+    group.facts.ranks[2].nccl = 0;
+    const std::string tcp = "TCP carries rows if MOONCAKE_EP_TCP_ADDRESS is set on every rank";
+    EXPECT_EQ(reason(), "they are on different hosts; not all ranks can load NCCL; " + tcp);
+    group.facts.ranks[2].nccl = kVersion + 1;
+    EXPECT_EQ(
+        reason(),
+        "they are on different hosts; rank 2 has another version of NCCL than rank 0; " + tcp);
+    group.facts.ranks[2].nccl = kVersion;
+    std::memcpy(group.facts.ranks[1].device, group.facts.ranks[0].device,
+                sizeof group.facts.ranks[0].device);
+    EXPECT_EQ(reason(),
+              "they are on different hosts; ranks 0 and 1 share a GPU, which NCCL refuses; " + tcp);
+    for (RankFacts &rank : group.facts.ranks)
+        std::snprintf(rank.tcp_address, sizeof rank.tcp_address, "10.0.0.1");
+    EXPECT_EQ(reason(), "by TCP: they are on different hosts");
+    for (RankFacts &rank : group.facts.ranks)
+        rank.engine = kEngineCallerOnStream;
+    EXPECT_EQ(reason(), "by the caller's all_to_all_on_stream: they are on different hosts");
     expect_one_answer(group.facts);
 }
 

@@ -125,6 +125,12 @@ mcError_t mcFree(void *data) {
     free(data);
     return mcSuccess;
 }
+mcError_t mcMallocHost(void **data, size_t bytes, unsigned) {
+    return mcMalloc(data, bytes);
+}
+mcError_t mcFreeHost(void *data) {
+    return mcFree(data);
+}
 mcError_t mcMemsetAsync(void *data, int value, size_t bytes, mcStream_t) {
     std::memset(data, value, bytes);
     return mcSuccess;

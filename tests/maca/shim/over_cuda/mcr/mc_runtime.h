@@ -43,6 +43,8 @@
 
 #define mcMalloc cudaMalloc
 #define mcFree cudaFree
+#define mcMallocHost cudaMallocHost
+#define mcFreeHost cudaFreeHost
 #define mcMemsetAsync cudaMemsetAsync
 #define mcMemcpy cudaMemcpy
 #define mcMemcpyAsync cudaMemcpyAsync

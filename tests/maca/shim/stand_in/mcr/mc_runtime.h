@@ -64,6 +64,8 @@ enum { mcDeviceMallocFinegrained = 1 };
 mcError_t mcMalloc(void **data, size_t bytes);
 mcError_t mcExtMallocWithFlags(void **data, size_t bytes, unsigned flags);
 mcError_t mcFree(void *data);
+mcError_t mcMallocHost(void **data, size_t bytes, unsigned flags = 0);
+mcError_t mcFreeHost(void *data);
 mcError_t mcMemsetAsync(void *data, int value, size_t bytes, mcStream_t stream);
 typedef enum mcMemcpyKind { mcMemcpyHostToDevice = 1, mcMemcpyDeviceToHost = 2 } mcMemcpyKind;
 mcError_t mcMemcpy(void *to, const void *from, size_t bytes, mcMemcpyKind kind);

@@ -1,0 +1,33 @@
+// Around an exchange by an engine that knows no deadline: tells the host that it has begun, and
+// when; and once it is over, whether because the host has given it up, which masks all far peers.
+#pragma once
+
+#include "device/device.h"
+#include "kernels/kernels.h"
+#include "kernels/routing.h"
+
+namespace ep::EP_DEVICE_NAMESPACE {
+
+EP_KERNEL watch_kernel(const WatchArgs a) {
+    after_launches_before();
+    const Round &r = a.round;
+    Watch *watch = a.watch;
+    if (!a.ends) {
+        if (grid_index<Thread>() != 0) return;
+        post(&watch->timeout_ns, r.timeout_ns);
+        publish(&watch->begun, look(&watch->begun) + 1);
+        return;
+    }
+    const bool failed = look(&watch->failed) != 0;
+    for (int peer = grid_index<Thread>(); failed && peer < r.layout.shape.rank_count;
+         peer += grid_count<Thread>())
+        if (r.far.box_of[peer] != Far::kNear) store(&r.active[peer], 0);
+    if (grid_index<Thread>() == 0) post(&watch->done, look(&watch->begun));
+}
+
+inline int launch_watch(const WatchArgs &args, const Queue &queue) {
+    launch(watch_kernel, args, queue, 1);
+    return launch_error();
+}
+
+}  // namespace ep::EP_DEVICE_NAMESPACE

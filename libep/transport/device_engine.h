@@ -1,0 +1,56 @@
+// Who carries boxes of device memory between ranks that do not reach each other's, in the order of
+// a stream. All ranks of a group ask for the same exchanges in the same order.
+#pragma once
+
+#include "backend/backend.h"
+#include "base/deadline.h"
+#include "transport/engine.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace ep {
+
+// To a peer and from it, as many bytes each; 0: nothing.
+struct Exchange {
+    const char *send;
+    char *receive;
+    size_t bytes;
+};
+
+class DeviceEngine {
+  public:
+    virtual ~DeviceEngine() = default;
+
+    // Queues exchanges [rank] behind what is on the stream, so that what is queued next finds what
+    // came. Peers that fail, or miss the deadline of `round`, are masked in round.active; they are
+    // not heard any more. An error only if nothing was queued.
+    virtual mep_status_t exchange(const Round &round, const std::vector<Exchange> &exchanges,
+                                  const Queue &queue) = 0;
+
+    // Why a graph cannot capture its exchanges; "" if it can.
+    virtual const char *no_capture_reason() const = 0;
+
+    // Who failed since this was asked last, in words; "" if nobody did.
+    virtual std::string take_failure() = 0;
+};
+
+// Over an engine of host memory: the host waits for the stream, and copies.
+std::unique_ptr<DeviceEngine> device_engine_by_host(Device *device, std::unique_ptr<Engine> engine);
+
+// The caller's callback, which queues on the stream. Deadlines are its own affair, and if it
+// fails, all that follows fails.
+std::unique_ptr<DeviceEngine> device_engine_by_callback(
+    int rank_count, mep_all_to_all_on_stream_callback_t callback, void *context);
+
+// The version of NCCL, or of MCCL on MACA, that this process can load; 0 if there is none.
+int nccl_version(int32_t backend);
+
+// By that, in a communicator of its own. Collective; `far` [rank]: with whom this rank will
+// exchange. No two ranks may share a GPU.
+mep_status_t device_engine_by_nccl(Device *device, int32_t backend, int rank,
+                                   const std::vector<bool> &far, const AllGather &all_gather,
+                                   const Deadline &deadline, std::unique_ptr<DeviceEngine> *engine);
+
+}  // namespace ep

@@ -1,0 +1,69 @@
+#include "base/status.h"
+#include "transport/device_engine.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace ep {
+namespace {
+
+class HostedEngine : public DeviceEngine {
+  public:
+    HostedEngine(Device *device, std::unique_ptr<Engine> engine)
+        : device_(device), engine_(std::move(engine)) {}
+
+    mep_status_t exchange(const Round &round, const std::vector<Exchange> &exchanges,
+                          const Queue &queue) override {
+        EP_TRY(device_->wait(queue.stream));
+        std::vector<int32_t> active(exchanges.size());
+        EP_TRY(device_->peek(active.data(), round.active, sizeof active[0] * active.size()));
+        std::vector<bool> asked(exchanges.size());
+        size_t bytes_max = 0;
+        sent_.resize(exchanges.size());
+        received_.resize(exchanges.size());
+        for (size_t peer = 0; peer < exchanges.size(); ++peer) {
+            const Exchange &one = exchanges[peer];
+            asked[peer] = one.bytes != 0 && active[peer] != 0;
+            sent_[peer].resize(asked[peer] ? one.bytes : 0);
+            bytes_max = std::max(bytes_max, one.bytes);
+            if (asked[peer]) EP_TRY(device_->peek(sent_[peer].data(), one.send, one.bytes));
+        }
+        std::vector<bool> with = asked;
+        const int64_t timeout_us = round.timeout_ns == Round::kNever
+                                       ? kTimeoutNever
+                                       : static_cast<int64_t>(round.timeout_ns / 1000);
+        EP_TRY(engine_->exchange(sent_, bytes_max, Deadline(timeout_us), &with, &received_));
+        for (size_t peer = 0; peer < exchanges.size(); ++peer)
+            if (asked[peer]) EP_TRY(take(round, peer, exchanges[peer], with[peer]));
+        return MEP_OK;
+    }
+
+    const char *no_capture_reason() const override {
+        return "they go through host memory, which no graph can capture";
+    }
+
+    std::string take_failure() override { return std::exchange(failure_, {}); }
+
+  private:
+    mep_status_t take(const Round &round, size_t peer, const Exchange &one, bool came) {
+        if (came && received_[peer].size() == one.bytes)
+            return device_->write(one.receive, received_[peer].data(), one.bytes);
+        failure_ += (failure_.empty() ? "rank " : ", rank ") + std::to_string(peer);
+        constexpr int32_t kMasked = 0;
+        return device_->write(round.active + peer, &kMasked, sizeof kMasked);
+    }
+
+    Device *const device_;
+    const std::unique_ptr<Engine> engine_;
+    std::vector<Parcel> sent_, received_;  // [rank]
+    std::string failure_;
+};
+
+}  // namespace
+
+std::unique_ptr<DeviceEngine> device_engine_by_host(Device *device,
+                                                    std::unique_ptr<Engine> engine) {
+    return std::make_unique<HostedEngine>(device, std::move(engine));
+}
+
+}  // namespace ep
