@@ -4,7 +4,8 @@
 #
 #   MEP_GTEST_SOURCE_DIR   GoogleTest's sources, where it is not installed
 #   MEP_CUDA_ARCHITECTURES default: native
-#   MEP_GPU_CHECK_STEPS    which steps to run, after the build; default: native python api memcheck racecheck bench peers;
+#   MEP_GPU_CHECK_STEPS    which steps to run, after the build; default: native python api far memcheck racecheck bench
+#                          peers far_peers; far: the API where no memory of a peer is reached; far_peers: beside NCCL so;
 #                          maca: MACA's kernels, by its shim over CUDA (tests/maca), against the CPU bit for bit
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -77,6 +78,17 @@ api() {
         tests/python/test_rounds.py tests/python/test_quant.py tests/python/test_buffer.py
 }
 
+# The same where no memory of a peer is reached: by NCCL, or of more ranks than GPUs through host memory.
+far() {
+    export MOONCAKE_EP_DISABLE_P2P=1
+    use_python_package && "$DIR/native/tests/native/api_cuda_test" &&
+        python3 -m pytest -q --backend cuda tests/python/test_dispatch.py tests/python/test_rounds.py
+}
+far_peers() {
+    use_python_package && MOONCAKE_EP_DISABLE_P2P=1 timeout 100 python3 benchmarks/peers/compare.py --peers nccl \
+        --tokens 2048 --hidden 7168 --experts 16 --topk 2
+}
+
 # One rank: a tool that slows a kernel down a hundred times would make its peers miss their deadlines.
 # Messages by line, where they may go so; by flag, by bulk copies and by the lanes.
 sanitize() {
@@ -121,9 +133,9 @@ bench() {
 
 nvidia-smi -L || { echo "no NVIDIA GPU here"; exit 1; }
 step build 600 build
-for name in ${MEP_GPU_CHECK_STEPS-native python api memcheck racecheck bench peers}; do
+for name in ${MEP_GPU_CHECK_STEPS-native python api far memcheck racecheck bench peers far_peers}; do
     case $name in
-        python | api | peers)
+        python | api | far | peers | far_peers)
             python3 -c 'import cffi, pytest, torch' 2>/dev/null ||
                 { table+=("$name: skipped, python3 has not all of cffi, pytest and torch"); continue; }
             ;;
@@ -135,14 +147,14 @@ for name in ${MEP_GPU_CHECK_STEPS-native python api memcheck racecheck bench pee
     step "$name" 600 "$name"
 done
 echo
-for name in bench peers; do
+for name in bench peers far_peers; do
     [ ! -f "$DIR/$name.log" ] || cat "$DIR/$name.log"
 done
 echo
-for name in native maca; do
+for name in native maca far; do
     [ ! -f "$DIR/$name.log" ] || grep -hE 'tests passed|PASSED|SKIPPED|FAILED' "$DIR/$name.log"
 done
-for name in python api; do
+for name in python api far; do
     [ ! -f "$DIR/$name.log" ] || tail -n 1 "$DIR/$name.log"
 done
 git log -1 --format='commit %h' 2>/dev/null

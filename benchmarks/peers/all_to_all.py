@@ -113,7 +113,7 @@ class AllToAll:
         return plan.token_side.sums(self._returned[: plan.sent])
 
     def variants(self, y: Any) -> list[Variant]:
-        """The whole, and for comparison the bare exchange of the same bytes."""
+        """The whole; and for comparison the bare exchange of the same bytes, and of all choices."""
         backend, plan = dist.get_backend(), self._plan
         sums = torch.ones_like(self._returned[: plan.received])
 
@@ -127,10 +127,30 @@ class AllToAll:
             dispatch()
             combine()
 
+        # As without thought of who gets a row twice, or has it: one for each choice, evenly.
+        shape = self._shape
+        count = -(-shape.tokens * shape.topk // shape.rank_count) * shape.rank_count
+        rows, target = (
+            self._empty(count, shape.hidden * 2 // _WORD_BYTES, dtype=torch.int64) for _ in range(2)
+        )
+
+        def choices() -> None:
+            dist.all_to_all_single(target, rows)
+
+        def choices_twice() -> None:
+            choices()
+            choices()
+
         bare = {"dispatch": dispatch, "combine": combine, "dispatch+combine": both}
+        of_choices = {
+            "dispatch": choices,
+            "combine": choices,
+            "dispatch+combine": choices_twice,
+        }
         return [
             Variant(backend, plain_calls(self, y)),
             Variant(f"{backend}, bare all-to-all", bare),
+            Variant(f"{backend}, bare, all choices", of_choices),
         ]
 
     def close(self) -> None:

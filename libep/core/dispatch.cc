@@ -94,11 +94,11 @@ mep_status_t dispatch(const Call &call, DispatchArgs args) {
 }
 
 mep_status_t report_failed_peers(const Call &call, const char *operation) {
+    if (call.active != nullptr) return MEP_OK;
     if (const std::string failed = call.buffer->collective().take_failure(); !failed.empty())
-        return fail(MEP_PEER_FAILED,
-                    "%s of %s missed a deadline or went away, and masked from now on",
-                    failed.c_str(), operation);
-    if (!call.buffer->device()->is_synchronous() || call.active != nullptr) return MEP_OK;
+        return fail(MEP_PEER_FAILED, "%s, and is masked from now on (found by %s)", failed.c_str(),
+                    operation);
+    if (!call.buffer->device()->is_synchronous()) return MEP_OK;
     std::vector<int> ranks;
     EP_TRY(call.buffer->find_new_failures(&ranks));
     if (ranks.empty()) return MEP_OK;

@@ -32,7 +32,7 @@ class DeviceEngine {
     // Why a graph cannot capture its exchanges; "" if it can.
     virtual const char *no_capture_reason() const = 0;
 
-    // Who failed since this was asked last, in words; "" if nobody did.
+    // Who failed since this was asked last, and why, in words; "" if nobody did.
     virtual std::string take_failure() = 0;
 };
 

@@ -42,7 +42,10 @@ class HostedEngine : public DeviceEngine {
         return "they go through host memory, which no graph can capture";
     }
 
-    std::string take_failure() override { return std::exchange(failure_, {}); }
+    std::string take_failure() override {
+        return failure_.empty() ? failure_
+                                : std::exchange(failure_, {}) + " missed the deadline or went away";
+    }
 
   private:
     mep_status_t take(const Round &round, size_t peer, const Exchange &one, bool came) {

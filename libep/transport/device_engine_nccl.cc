@@ -139,7 +139,8 @@ class NcclEngine : public DeviceEngine {
         if (watchdog_ == nullptr || !watchdog_->gave_up() || told_) return "";
         told_ = true;
         return "an exchange by " + std::string(nccl_.name) +
-               " was given up: one of the ranks that do not reach each other's memory";
+               " was given up, as a rank missed the deadline or went away, and with it each rank "
+               "whose memory is not reached";
     }
 
   private:

@@ -130,16 +130,25 @@ def torch_all_to_all(process_group: Any) -> AllToAll:
     return all_to_all
 
 
-def torch_all_to_all_on_stream(process_group: Any) -> AllToAllOnStream | None:
-    """Exchange over a process group's collectives for GPUs; None if it has none, or has NCCL's.
+def torch_engines(
+    process_group: Any, backend: str
+) -> tuple[AllToAll | None, AllToAllOnStream | None]:
+    """Return what of a process group carries rows of a backend where memory is not reached.
 
-    The library has NCCL, or MCCL, itself, without Python in the way.
+    NCCL and MCCL are the library's own affair, without Python in the way.
     """
+    if backend == "cpu":
+        return torch_all_to_all(process_group), None
+    names = _backend_of(process_group)
+    if any(name in names for name in ("nccl", "mccl")) or _has_host_collectives(process_group):
+        return None, None
+    return None, torch_all_to_all_on_stream(process_group)
+
+
+def torch_all_to_all_on_stream(process_group: Any) -> AllToAllOnStream:
+    """Exchange over a process group that has batch_isend_irecv() for device memory."""
     torch = importlib.import_module("torch")
     distributed = importlib.import_module("torch.distributed")
-    backend = _backend_of(process_group)
-    if any(name in backend for name in ("nccl", "mccl")) or _has_host_collectives(process_group):
-        return None
     ranks = distributed.get_process_group_ranks(process_group or distributed.group.WORLD)
 
     def all_to_all_on_stream(

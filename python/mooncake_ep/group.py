@@ -14,8 +14,7 @@ from ._callbacks import (
     AllToAllOnStream,
     Callbacks,
     mpi_all_to_all,
-    torch_all_to_all,
-    torch_all_to_all_on_stream,
+    torch_engines,
 )
 from ._ffi import ffi
 from ._lib import BACKENDS, EpError, backend_code, check, failure, lib, struct, text, timeout_us
@@ -218,8 +217,7 @@ class Group:
 
         return cls.from_callback(
             all_gather,
-            torch_all_to_all(process_group) if backend == "cpu" else None,
-            None if backend == "cpu" else torch_all_to_all_on_stream(process_group),
+            *torch_engines(process_group, backend),
             rank=distributed.get_rank(process_group),
             rank_count=rank_count,
             backend=backend,

@@ -196,6 +196,131 @@ TEST(CudaProcesses, ReplaysOfOneGraphFollowTheirInputs) {
     with_replays(expect_same_bits_in_processes);
 }
 
+// ---- Processes that reach no memory of each other, or only some
+// -----------------------------------
+
+namespace {
+
+// How this rank reaches its last peer, of a group made for the answer.
+std::string way_to_last(int rank, int ranks, const mep_unique_id_t &id) {
+    mep_group_config_t config{};
+    config.struct_size = sizeof config;
+    config.rank = rank;
+    config.rank_count = ranks;
+    config.backend = EP_TEST_BACKEND;
+    config.device_id = rank % device_count();
+    config.unique_id = &id;
+    mep_group_t *group = nullptr;
+    EXPECT_EQ(mep_group_create(&config, &group), MEP_OK) << mep_last_error();
+    mep_transport_info_t info{};
+    info.struct_size = sizeof info;
+    EXPECT_EQ(mep_group_query_transport(group, ranks - 1 - rank, &info), MEP_OK);
+    const std::string reason = info.reason;
+    mep_group_destroy(group);
+    return reason;
+}
+
+// By NCCL, which wants a GPU for each, or through host memory. Whatever the buffer's other choices
+// are, its messages go by flag.
+class Engine {
+  public:
+    explicit Engine(bool nccl)
+        : nccl_(nccl),
+          disable_p2p_("MOONCAKE_EP_DISABLE_P2P", "1"),
+          library_("MOONCAKE_EP_NCCL_LIBRARY", nccl ? "" : "none") {}
+
+    // Skips if it is not there.
+    void expect(int ranks) const {
+        constexpr unsigned kSecondsMax = 60;
+        const Shared<IdOfGroup> id;
+        run_forked(ranks, kSecondsMax, [&](int rank) {
+            if (const std::string reason = unavailable(); !reason.empty())
+                skip_rank("no device here: " + reason);
+            if (nccl_ && device_count() < ranks) skip_rank("NCCL wants a GPU for each rank");
+            const std::string way = way_to_last(rank, ranks, id->of(rank));
+            if (nccl_ && way.find("by TCP") == 0) skip_rank("NCCL cannot be loaded here: " + way);
+            EXPECT_EQ(way.find(nccl_ ? "by NCCL: MOONCAKE_EP_DISABLE_P2P"
+                                     : "by TCP: MOONCAKE_EP_DISABLE_P2P"),
+                      0U)
+                << way;
+        });
+    }
+
+  private:
+    bool nccl_;
+    Setting disable_p2p_, library_;
+};
+
+void expect_same_bits_by(bool nccl, int ranks) {
+    const Engine engine(nccl);
+    engine.expect(ranks);
+    for (const char *bulk : {"1", "0"})
+        for (const Weights weights : {Weights::kAtDispatch, Weights::kAtCombine, Weights::kNone})
+            for (const gpu::Order order :
+                 {gpu::Order::kWhole, gpu::Order::kHalves, gpu::Order::kCrossed}) {
+                if (::testing::Test::IsSkipped()) return;
+                const Setting bulk_copies("MOONCAKE_EP_BULK_COPIES", bulk);
+                Problem p;
+                p.ranks = ranks;
+                p.experts = 16;
+                p.topk = 3;
+                p.hidden = 1408;
+                p.weights = weights;
+                p.order = order;
+                p.quant = weights == Weights::kAtDispatch ? MEP_QUANT_FP8 : MEP_QUANT_NONE;
+                p.rounds = order == gpu::Order::kCrossed ? 6 : 3;
+                SCOPED_TRACE(std::string("bulk ") + bulk + " weights " +
+                             std::to_string(int(weights)) + " order " + std::to_string(int(order)));
+                expect_same_bits_in_processes(p);
+            }
+}
+
+// Ranks 0 and 1, and ranks 2 and 3, are an island each.
+Results run_on_islands(const Problem &p, const Seat &seat, std::string *failure) {
+    setenv("MOONCAKE_EP_ISLAND", seat.rank < 2 ? "left" : "right", 1);
+    return gpu::run_rounds(p, seat, failure);
+}
+
+}  // namespace
+
+TEST(CudaProcesses, GiveTheBitsOfTheCpuByNccl) {
+    expect_same_bits_by(true, 2);
+}
+
+TEST(CudaProcesses, GiveTheBitsOfTheCpuThroughHostMemory) {
+    expect_same_bits_by(false, 4);
+}
+
+TEST(CudaProcesses, GiveTheBitsOfTheCpuOnTwoIslands) {
+    for (const gpu::Order order : {gpu::Order::kWhole, gpu::Order::kHalves, gpu::Order::kCrossed})
+        for (const Weights weights : {Weights::kAtDispatch, Weights::kAtCombine}) {
+            if (IsSkipped()) return;
+            Problem p;
+            p.ranks = 4;
+            p.experts = 16;
+            p.topk = 6;
+            p.order = order;
+            p.weights = weights;
+            p.rounds = 6;
+            SCOPED_TRACE("order " + std::to_string(int(order)) + " weights " +
+                         std::to_string(int(weights)));
+            expect_same_bits_in_processes(p, run_on_islands);
+        }
+}
+
+TEST(CudaProcesses, ReplaysOfOneGraphFollowTheirInputsByNccl) {
+    const Engine engine(true);
+    engine.expect(2);
+    for (const uint32_t quant : {MEP_QUANT_NONE, MEP_QUANT_FP8}) {
+        if (IsSkipped()) return;
+        Problem p;
+        p.tokens_max = 16;
+        p.topk = 3;
+        p.quant = quant;
+        expect_same_bits_in_processes(p, gpu::run_replays);
+    }
+}
+
 // ---- Threads ------------------------------------------------------------------------------------
 
 TEST(Cuda, ReplaysOfOneGraphFollowTheirInputs) {
