@@ -107,7 +107,7 @@ def exchange_both_ways(rank: Rank, store: str, payload: str, tokens: int) -> int
             assert error <= _TOLERANCE * torch.linalg.norm(expected_out)
             assert not out[-1].any()
         # The bare exchange leaves all as it was: it moves the same bytes again.
-        _, bare = theirs.variants(y)
+        _, bare, _ = theirs.variants(y)
         for call in bare.calls.values():
             call()
         theirs.dispatch()
@@ -186,7 +186,11 @@ def check_table(text: str, names: tuple[str, ...], bases: tuple[str, ...]) -> No
 def test_compare_prints_a_row_for_each_contestant_and_operation(payload: str) -> None:
     done = run_compare(*_SMALL, "--payload", payload)
     assert done.returncode == 0, done.stderr
-    check_table(done.stdout, ("ours", "gloo", "gloo, bare all-to-all"), bases=("ours",))
+    check_table(
+        done.stdout,
+        ("ours", "gloo", "gloo, bare all-to-all", "gloo, bare, all choices"),
+        bases=("ours",),
+    )
     assert "mooncake: skipped, NotImplementedError: it needs a GPU" in done.stdout.splitlines()
 
 
