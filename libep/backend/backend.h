@@ -64,6 +64,7 @@ class Device {
 
     // Zeroed device memory, aligned to a line of the wire.
     virtual mep_status_t allocate(size_t bytes, DeviceMemory *memory) = 0;
+    virtual mep_status_t clear(void *device, size_t bytes) = 0;
     virtual mep_status_t write(void *device, const void *host, size_t bytes) = 0;
     virtual mep_status_t read(void *host, const void *device, size_t bytes) = 0;
 

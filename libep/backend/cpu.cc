@@ -143,6 +143,10 @@ class Cpu : public Device {
     }
     mep_status_t wait(void *) override { return MEP_OK; }
     bool is_capturing(void *) const override { return false; }
+    mep_status_t clear(void *device, size_t bytes) override {
+        std::memset(device, 0, bytes);
+        return MEP_OK;
+    }
     mep_status_t write(void *device, const void *host, size_t bytes) override {
         std::memcpy(device, host, bytes);
         return MEP_OK;

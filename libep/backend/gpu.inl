@@ -239,7 +239,12 @@ class Gpu : public Device {
         void *data = nullptr;
         EP_TRY_GPU(Malloc(&data, bytes == 0 ? 1 : bytes));
         *memory = DeviceMemory(data, free_device);
-        EP_TRY_GPU(MemsetAsync(data, 0, bytes, stream_));
+        return clear(data, bytes);
+    }
+    mep_status_t clear(void *device, size_t bytes) override {
+        const DeviceScope scope(device_);
+        EP_TRY(scope.status());
+        EP_TRY_GPU(MemsetAsync(device, 0, bytes, stream_));
         return gpu_status(EP_GPU(StreamSynchronize)(stream_), "clearing memory");
     }
     mep_status_t allocate_shared(size_t bytes, DeviceMemory *memory) override {

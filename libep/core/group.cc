@@ -238,7 +238,7 @@ mep_status_t Group::create_engine(const mep_group_config_t &config, const GroupF
                                            far_peers(facts, rank()), gather, deadline,
                                            &device_engine_));
     if (facts.engine == kEngineCallerOnStream) {
-        device_engine_ = device_engine_by_callback(rank_count(), config.all_to_all_on_stream,
+        device_engine_ = device_engine_by_callback(device_.get(), rank_count(), config.all_to_all_on_stream,
                                                    config.all_to_all_context);
         return MEP_OK;
     }

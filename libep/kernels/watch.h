@@ -11,18 +11,17 @@ namespace ep::EP_DEVICE_NAMESPACE {
 EP_KERNEL watch_kernel(const WatchArgs a) {
     after_launches_before();
     const Round &r = a.round;
-    Watch *watch = a.watch;
-    if (!a.ends) {
-        if (grid_index<Thread>() != 0) return;
-        post(&watch->timeout_ns, r.timeout_ns);
-        publish(&watch->begun, look(&watch->begun) + 1);
-        return;
+    const bool first = grid_index<Thread>() == 0;
+    if (!a.ends && first) {
+        post(&a.watch->timeout_ns, r.timeout_ns);
+        post(&a.watch->begun, ++a.state->begun);
     }
-    const bool failed = look(&watch->failed) != 0;
+    if (!a.ends) return;
+    const bool failed = load(&a.state->failed) != 0;
     for (int peer = grid_index<Thread>(); failed && peer < r.layout.shape.rank_count;
          peer += grid_count<Thread>())
         if (r.far.box_of[peer] != Far::kNear) store(&r.active[peer], 0);
-    if (grid_index<Thread>() == 0) post(&watch->done, look(&watch->begun));
+    if (first) post(&a.watch->done, a.state->begun);
 }
 
 inline int launch_watch(const WatchArgs &args, const Queue &queue) {

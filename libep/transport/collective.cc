@@ -14,10 +14,15 @@ mep_status_t Collective::create(Device *device, Engine *engine, DeviceEngine *de
     kernel_far_.boxes = Boxes::of(layout, boxes);
     EP_TRY(device->allocate(numbers_bytes, &box_of_on_device_));
     EP_TRY(device->write(box_of_on_device_.get(), box_of_.data(), numbers_bytes));
-    EP_TRY(device->allocate(kernel_far_.boxes.bytes(), &outbox_));
-    if (device_engine != nullptr) EP_TRY(device->allocate(kernel_far_.boxes.bytes(), &inbox_));
+    const size_t bytes = kernel_far_.boxes.bytes();
+    if (device_engine == nullptr) {
+        EP_TRY(allocate_boxes(device, bytes, &outbox_));
+    } else {
+        EP_TRY(device_engine->allocate(bytes, &outbox_));
+        EP_TRY(device_engine->allocate(bytes, &inbox_));
+    }
     kernel_far_.box_of = static_cast<const int32_t *>(box_of_on_device_.get());
-    kernel_far_.outbox = static_cast<char *>(outbox_.get());
+    kernel_far_.outbox = outbox_.get();
     sent_.resize(far.size());
     received_.resize(far.size());
     device_ = device;

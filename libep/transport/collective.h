@@ -30,7 +30,7 @@ class Collective {
     // the window, where any later launch does.
     mep_status_t carry(const Round &round, Cargo cargo, size_t body_bytes, const Queue &queue,
                        const Deadline &deadline, bool stays_in_inbox);
-    char *inbox() const { return static_cast<char *>(inbox_.get()); }
+    char *inbox() const { return inbox_.get(); }
 
     // Why a graph cannot capture what is carried; "" if it can.
     const char *no_capture_reason() const {
@@ -57,7 +57,7 @@ class Collective {
     std::vector<int32_t> box_of_;  // see Far
     Far kernel_far_{};
     DeviceMemory box_of_on_device_{nullptr, nullptr};
-    DeviceMemory outbox_{nullptr, nullptr}, inbox_{nullptr, nullptr};
+    std::shared_ptr<char> outbox_, inbox_;
     std::vector<Parcel> sent_, received_;  // [rank]
 };
 

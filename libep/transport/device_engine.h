@@ -23,6 +23,9 @@ class DeviceEngine {
   public:
     virtual ~DeviceEngine() = default;
 
+    // Zeroed memory of the device for boxes, which is gone before this.
+    virtual mep_status_t allocate(size_t bytes, std::shared_ptr<char> *memory) = 0;
+
     // Queues exchanges [rank] behind what is on the stream, so that what is queued next finds what
     // came. Peers that fail, or miss the deadline of `round`, are masked in round.active; they are
     // not heard any more. An error only if nothing was queued.
@@ -36,13 +39,16 @@ class DeviceEngine {
     virtual std::string take_failure() = 0;
 };
 
+// Memory of a device for boxes, as engines allocate it that need nothing else.
+mep_status_t allocate_boxes(Device *device, size_t bytes, std::shared_ptr<char> *memory);
+
 // Over an engine of host memory: the host waits for the stream, and copies.
 std::unique_ptr<DeviceEngine> device_engine_by_host(Device *device, std::unique_ptr<Engine> engine);
 
 // The caller's callback, which queues on the stream. Deadlines are its own affair, and if it
 // fails, all that follows fails.
 std::unique_ptr<DeviceEngine> device_engine_by_callback(
-    int rank_count, mep_all_to_all_on_stream_callback_t callback, void *context);
+    Device *device, int rank_count, mep_all_to_all_on_stream_callback_t callback, void *context);
 
 // The version of NCCL, or of MCCL on MACA, that this process can load; 0 if there is none.
 int nccl_version(int32_t backend);

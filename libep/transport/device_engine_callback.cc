@@ -6,10 +6,13 @@ namespace {
 
 class CallbackDeviceEngine : public DeviceEngine {
   public:
-    CallbackDeviceEngine(int rank_count, mep_all_to_all_on_stream_callback_t callback,
-                         void *context)
-        : rank_count_(rank_count), callback_(callback), context_(context) {}
+    CallbackDeviceEngine(Device *device, int rank_count,
+                         mep_all_to_all_on_stream_callback_t callback, void *context)
+        : device_(device), rank_count_(rank_count), callback_(callback), context_(context) {}
 
+    mep_status_t allocate(size_t bytes, std::shared_ptr<char> *memory) override {
+        return allocate_boxes(device_, bytes, memory);
+    }
     mep_status_t exchange(const Round &, const std::vector<Exchange> &exchanges,
                           const Queue &queue) override {
         std::vector<const void *> send(rank_count_);
@@ -33,6 +36,7 @@ class CallbackDeviceEngine : public DeviceEngine {
     std::string take_failure() override { return ""; }
 
   private:
+    Device *const device_;
     const int rank_count_;
     const mep_all_to_all_on_stream_callback_t callback_;
     void *const context_;
@@ -42,8 +46,8 @@ class CallbackDeviceEngine : public DeviceEngine {
 }  // namespace
 
 std::unique_ptr<DeviceEngine> device_engine_by_callback(
-    int rank_count, mep_all_to_all_on_stream_callback_t callback, void *context) {
-    return std::make_unique<CallbackDeviceEngine>(rank_count, callback, context);
+    Device *device, int rank_count, mep_all_to_all_on_stream_callback_t callback, void *context) {
+    return std::make_unique<CallbackDeviceEngine>(device, rank_count, callback, context);
 }
 
 }  // namespace ep

@@ -12,6 +12,9 @@ class HostedEngine : public DeviceEngine {
     HostedEngine(Device *device, std::unique_ptr<Engine> engine)
         : device_(device), engine_(std::move(engine)) {}
 
+    mep_status_t allocate(size_t bytes, std::shared_ptr<char> *memory) override {
+        return allocate_boxes(device_, bytes, memory);
+    }
     mep_status_t exchange(const Round &round, const std::vector<Exchange> &exchanges,
                           const Queue &queue) override {
         EP_TRY(device_->wait(queue.stream));
@@ -63,6 +66,14 @@ class HostedEngine : public DeviceEngine {
 };
 
 }  // namespace
+
+mep_status_t allocate_boxes(Device *device, size_t bytes, std::shared_ptr<char> *memory) {
+    DeviceMemory allocated(nullptr, nullptr);
+    EP_TRY(device->allocate(bytes, &allocated));
+    const auto release = allocated.get_deleter();
+    *memory = std::shared_ptr<char>(static_cast<char *>(allocated.release()), release);
+    return MEP_OK;
+}
 
 std::unique_ptr<DeviceEngine> device_engine_by_host(Device *device,
                                                     std::unique_ptr<Engine> engine) {

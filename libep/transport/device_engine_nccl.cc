@@ -3,6 +3,7 @@
 #include "transport/device_engine.h"
 #include "transport/nccl.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -42,8 +43,9 @@ bool ends_in_time(const Deadline &deadline, Function function) {
 // Ends exchanges that last too long, which NCCL itself waits for without end.
 class Watchdog {
   public:
-    Watchdog(const Nccl &nccl, Nccl::Communicator *communicator, Watch *watch)
-        : nccl_(nccl), communicator_(communicator), watch_(watch) {
+    Watchdog(const Nccl &nccl, Nccl::Communicator *communicator, Watch *watch, Device *device,
+             WatchState *state)
+        : nccl_(nccl), communicator_(communicator), watch_(watch), device_(device), state_(state) {
         thread_ = std::thread([this] { run(); });
     }
     Watchdog(const Watchdog &) = delete;
@@ -94,7 +96,8 @@ class Watchdog {
     void give_up(const char *reason) {
         log(MEP_LOG_WARNING, "%s: an exchange is given up, and all far ranks are masked: %s",
             nccl_.name, reason);
-        __atomic_store_n(&watch_->failed, uint64_t{1}, __ATOMIC_SEQ_CST);
+        constexpr uint64_t kFailed = 1;
+        device_->write(&state_->failed, &kFailed, sizeof kFailed);
         gave_up_ = true;
         nccl_.abort(communicator_);
     }
@@ -102,6 +105,8 @@ class Watchdog {
     const Nccl &nccl_;
     Nccl::Communicator *const communicator_;
     Watch *const watch_;
+    Device *const device_;
+    WatchState *const state_;
     std::mutex mutex_;
     std::condition_variable wake_;
     bool stops_ = false;
@@ -112,7 +117,10 @@ class Watchdog {
 class NcclEngine : public DeviceEngine {
   public:
     NcclEngine(Device *device, const Nccl &nccl)
-        : device_(device), nccl_(nccl), watch_memory_(nullptr, nullptr) {}
+        : device_(device),
+          nccl_(nccl),
+          watch_memory_(nullptr, nullptr),
+          state_memory_(nullptr, nullptr) {}
     NcclEngine(const NcclEngine &) = delete;
     NcclEngine &operator=(const NcclEngine &) = delete;
     ~NcclEngine() override {
@@ -132,6 +140,7 @@ class NcclEngine : public DeviceEngine {
 
     mep_status_t create(int rank, const std::vector<bool> &far, const AllGather &all_gather,
                         const Deadline &deadline);
+    mep_status_t allocate(size_t bytes, std::shared_ptr<char> *memory) override;
     mep_status_t exchange(const Round &round, const std::vector<Exchange> &exchanges,
                           const Queue &queue) override;
     const char *no_capture_reason() const override { return ""; }
@@ -150,11 +159,16 @@ class NcclEngine : public DeviceEngine {
         mep_status_t status = MEP_OK;
     };
     mep_status_t meet(int rank, int rank_count, const AllGather &all_gather, Nccl::UniqueId *id);
+    mep_status_t try_own_memory(int rank_count, const AllGather &all_gather);
+    mep_status_t allocate_own(size_t bytes, std::shared_ptr<char> *memory);
+    Watch *watch() const { return static_cast<Watch *>(watch_memory_.get()); }
+    WatchState *state() const { return static_cast<WatchState *>(state_memory_.get()); }
 
     Device *const device_;
     const Nccl &nccl_;
     Nccl::Communicator *communicator_ = nullptr;
-    DeviceMemory watch_memory_;
+    DeviceMemory watch_memory_, state_memory_;
+    bool has_own_memory_ = false;  // NCCL's, on all ranks or on none
     std::unique_ptr<Watchdog> watchdog_;
     bool told_ = false;
 };
@@ -200,6 +214,7 @@ mep_status_t NcclEngine::create(int rank, const std::vector<bool> &far, const Al
     DeviceMemory trial(nullptr, nullptr);
     EP_TRY(device_->allocate(2 * kBytes * rank_count, &trial));
     EP_TRY(device_->allocate_shared(sizeof(Watch), &watch_memory_));
+    EP_TRY(device_->allocate(sizeof(WatchState), &state_memory_));
     std::vector<Exchange> exchanges(rank_count);
     for (int peer = 0; peer < rank_count; ++peer) {
         char *memory = static_cast<char *>(trial.get()) + 2 * kBytes * peer;
@@ -222,23 +237,56 @@ mep_status_t NcclEngine::create(int rank, const std::vector<bool> &far, const Al
     if (setup->status != MEP_OK)
         return fail(setup->status, "%s: trying the communicator failed", nccl_.name);
     communicator_ = setup->communicator;
-    watchdog_ =
-        std::make_unique<Watchdog>(nccl_, communicator_, static_cast<Watch *>(watch_memory_.get()));
+    watchdog_ = std::make_unique<Watchdog>(nccl_, communicator_, watch(), device_, state());
+    return try_own_memory(rank_count, all_gather);
+}
+
+// Peers store straight into memory that NCCL has allocated and knows of, if all ranks have some.
+mep_status_t NcclEngine::try_own_memory(int rank_count, const AllGather &all_gather) {
+    constexpr size_t kBytes = 4096;
+    std::shared_ptr<char> memory;
+    const char mine = nccl_.has_own_memory() && allocate_own(kBytes, &memory) == MEP_OK;
+    std::vector<char> all(rank_count);
+    EP_TRY(all_gather(&mine, all.data(), sizeof mine));
+    has_own_memory_ = std::count(all.begin(), all.end(), 1) == rank_count;
     return MEP_OK;
+}
+
+mep_status_t NcclEngine::allocate_own(size_t bytes, std::shared_ptr<char> *memory) {
+    const Entered entered(device_);
+    const std::lock_guard<std::mutex> lock(watchdog_->mutex());
+    if (watchdog_->gave_up()) return fail(MEP_PEER_FAILED, "%s has given up", nccl_.name);
+    void *data = nullptr, *registration = nullptr;
+    if (nccl_.allocate(&data, bytes) != Nccl::kSuccess)
+        return fail(MEP_OUT_OF_MEMORY, "%s: no memory for %zu bytes", nccl_.name, bytes);
+    const int enlisted = nccl_.enlist(communicator_, data, bytes, &registration);
+    *memory = std::shared_ptr<char>(static_cast<char *>(data), [this, registration](char *given) {
+        const Entered scope(device_);
+        const std::lock_guard<std::mutex> hold(watchdog_->mutex());
+        if (registration != nullptr && !watchdog_->gave_up())
+            nccl_.strike_off(communicator_, registration);
+        nccl_.release(given);
+    });
+    EP_TRY(nccl_status(nccl_, enlisted, "registering memory"));
+    return device_->clear(data, bytes);
+}
+
+mep_status_t NcclEngine::allocate(size_t bytes, std::shared_ptr<char> *memory) {
+    return has_own_memory_ ? allocate_own(bytes, memory) : allocate_boxes(device_, bytes, memory);
 }
 
 mep_status_t NcclEngine::exchange(const Round &round, const std::vector<Exchange> &exchanges,
                                   const Queue &queue) {
-    const auto watch = [&](bool ends) {
-        const WatchArgs args{round, static_cast<Watch *>(watch_memory_.get()), ends};
+    const auto tell = [&](bool ends) {
+        const WatchArgs args{round, watch(), state(), ends};
         return device_->launch_status(device_->kernels().watch(args, queue));
     };
     const std::lock_guard<std::mutex> lock(watchdog_->mutex());
-    if (watchdog_->gave_up()) return watch(true);  // masks them, also in a mask of the caller
-    EP_TRY(watch(false));
+    if (watchdog_->gave_up()) return tell(true);  // masks them, also in a mask of the caller
+    EP_TRY(tell(false));
     EP_TRY(nccl_status(nccl_, queue_all(nccl_, communicator_, exchanges, queue.stream),
                        "queueing an exchange"));
-    return watch(true);
+    return tell(true);
 }
 
 }  // namespace

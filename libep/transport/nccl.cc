@@ -36,9 +36,12 @@ Nccl Nccl::load(const char *name, const char *library, const std::string &prefix
         nccl.problem = std::string(name) + " cannot be loaded: " + dlerror();
         return nccl;
     }
-    const auto find = [&](const char *function, auto *pointer) {
+    const auto look_for = [&](const char *function, auto *pointer) {
         using Pointer = std::remove_pointer_t<decltype(pointer)>;
         *pointer = reinterpret_cast<Pointer>(dlsym(loaded, (prefix + function).c_str()));
+    };
+    const auto find = [&](const char *function, auto *pointer) {
+        look_for(function, pointer);
         if (*pointer == nullptr) nccl.problem = library + (" has no " + prefix) + function;
     };
     find("GetVersion", &nccl.get_version);
@@ -52,6 +55,10 @@ Nccl Nccl::load(const char *name, const char *library, const std::string &prefix
     find("Send", &nccl.send);
     find("Recv", &nccl.receive);
     find("GetErrorString", &nccl.error_text);
+    look_for("MemAlloc", &nccl.allocate);
+    look_for("MemFree", &nccl.release);
+    look_for("CommRegister", &nccl.enlist);
+    look_for("CommDeregister", &nccl.strike_off);
     return nccl;
 }
 

@@ -29,6 +29,17 @@ struct Nccl {
                    void *stream) = nullptr;
     const char *(*error_text)(int error) = nullptr;
 
+    // Memory that peers' GPUs reach, and what says so; nullptr: this version has none of it.
+    int (*allocate)(void **memory, size_t bytes) = nullptr;
+    int (*release)(void *memory) = nullptr;
+    int (*enlist)(Communicator *communicator, void *memory, size_t bytes,
+                  void **registration) = nullptr;
+    int (*strike_off)(Communicator *communicator, void *registration) = nullptr;
+    bool has_own_memory() const {
+        return allocate != nullptr && release != nullptr && enlist != nullptr &&
+               strike_off != nullptr;
+    }
+
     const char *name = "NCCL";
     std::string problem;  // why it cannot be used; "" if it can
 

@@ -259,6 +259,8 @@ void expect_same_bits_by(bool nccl, int ranks) {
             for (const gpu::Order order :
                  {gpu::Order::kWhole, gpu::Order::kHalves, gpu::Order::kCrossed}) {
                 if (::testing::Test::IsSkipped()) return;
+                // Rows by the lanes differ in nothing that an engine sees.
+                if (*bulk == '0' && order != gpu::Order::kCrossed) continue;
                 const Setting bulk_copies("MOONCAKE_EP_BULK_COPIES", bulk);
                 Problem p;
                 p.ranks = ranks;

@@ -38,6 +38,9 @@ class FaultyDevice : public Device {
     mep_status_t allocate_shared(size_t bytes, DeviceMemory *memory) override {
         return device_->allocate_shared(bytes, memory);
     }
+    mep_status_t clear(void *device, size_t bytes) override {
+        return device_->clear(device, bytes);
+    }
     mep_status_t wait(void *stream) override { return device_->wait(stream); }
     bool is_capturing(void *stream) const override { return device_->is_capturing(stream); }
     mep_status_t write(void *device, const void *host, size_t bytes) override {
