@@ -78,10 +78,11 @@ api() {
         tests/python/test_rounds.py tests/python/test_quant.py tests/python/test_buffer.py
 }
 
-# The same where no memory of a peer is reached: by NCCL, or of more ranks than GPUs through host memory.
+# The same where no memory of a peer is reached, by NCCL, or of more ranks than GPUs through host memory; and where only
+# pairs of ranks reach each other's.
 far() {
-    export MOONCAKE_EP_DISABLE_P2P=1
-    use_python_package && "$DIR/native/tests/native/api_cuda_test" &&
+    use_python_package && MOONCAKE_EP_ISLAND_RANKS=2 "$DIR/native/tests/native/api_cuda_test" &&
+        export MOONCAKE_EP_DISABLE_P2P=1 && "$DIR/native/tests/native/api_cuda_test" &&
         python3 -m pytest -q --backend cuda tests/python/test_dispatch.py tests/python/test_rounds.py
 }
 far_peers() {

@@ -10,7 +10,8 @@
 //   MOONCAKE_EP_DISABLE_P2P  1: reach no peer's memory; default 0
 //   MOONCAKE_EP_TCP_ADDRESS  host name or IPv4 address of this machine, by which ranks on others
 //                            reach it where rows go by TCP
-//   MOONCAKE_EP_ISLAND       a name: only ranks of the same reach each other's memory; default none
+//   MOONCAKE_EP_ISLAND_RANKS  n: ranks [0, n), [n, 2n), ... reach memory of their own only, as if
+//                            each such island were another machine; default: no islands
 //   MOONCAKE_EP_NCCL_LIBRARY  NCCL's file, or MCCL's on MACA; none: do without; default
 //                            libnccl.so.2 (libmccl.so), as the process has it or finds it
 //   MOONCAKE_EP_MACA_P2P_PAIRS  pairs of MetaX GPUs that may reach each other, like 0-1,2-3;

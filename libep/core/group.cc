@@ -78,15 +78,6 @@ mep_status_t Group::meet(const mep_group_config_t &config, const Deadline &deadl
 
 namespace {
 
-mep_status_t read_text(const char *variable, char *text, size_t bytes) {
-    const std::string value = env_text(variable);
-    if (value.size() >= bytes)
-        return fail(MEP_INVALID_ARGUMENT, "%s has %zu characters; at most %zu", variable,
-                    value.size(), bytes - 1);
-    std::memcpy(text, value.c_str(), value.size() + 1);
-    return MEP_OK;
-}
-
 // What the caller and the environment say about ways between ranks.
 mep_status_t read_wishes(const mep_group_config_t &config, bool on_gpu, RankFacts *facts) {
     if (config.disable_p2p < 0 || config.disable_p2p > 1)
@@ -104,8 +95,15 @@ mep_status_t read_wishes(const mep_group_config_t &config, bool on_gpu, RankFact
                     : config.all_to_all != nullptr         ? kEngineCaller
                                                            : kEngineTcp;
     if (on_gpu && facts->engine == kEngineTcp) facts->nccl = nccl_version(facts->backend);
-    EP_TRY(read_text("MOONCAKE_EP_ISLAND", facts->island, sizeof facts->island));
-    return read_text("MOONCAKE_EP_TCP_ADDRESS", facts->tcp_address, sizeof facts->tcp_address);
+    long island_ranks = 0;
+    EP_TRY(env_integer("MOONCAKE_EP_ISLAND_RANKS", 1, MEP_RANK_COUNT_MAX, 0, &island_ranks));
+    facts->island_ranks = static_cast<int32_t>(island_ranks);
+    const std::string address = env_text("MOONCAKE_EP_TCP_ADDRESS");
+    if (address.size() >= sizeof facts->tcp_address)
+        return fail(MEP_INVALID_ARGUMENT, "MOONCAKE_EP_TCP_ADDRESS has %zu characters; at most %zu",
+                    address.size(), sizeof facts->tcp_address - 1);
+    std::memcpy(facts->tcp_address, address.c_str(), address.size() + 1);
+    return MEP_OK;
 }
 
 bool is_on_stream(const RankFacts &one, const RankFacts &other) {
@@ -142,9 +140,8 @@ mep_status_t Group::gather_facts(const mep_group_config_t &config, GroupFacts *f
                 theirs.facts.engine > mine.facts.engine ? rank() : peer);
         facts->ranks.push_back(theirs.facts);
         RankFacts &kept = facts->ranks.back();
-        for (auto *text : {kept.host + sizeof kept.host, kept.island + sizeof kept.island,
-                           kept.tcp_address + sizeof kept.tcp_address})
-            text[-1] = '\0';  // whoever sent them
+        for (char *end : {kept.host + sizeof kept.host, kept.tcp_address + sizeof kept.tcp_address})
+            end[-1] = '\0';  // whoever sent them
     }
     choose_engine(facts);
     std::vector<Access> access(rank_count(), Access::kRefused);
@@ -238,8 +235,8 @@ mep_status_t Group::create_engine(const mep_group_config_t &config, const GroupF
                                            far_peers(facts, rank()), gather, deadline,
                                            &device_engine_));
     if (facts.engine == kEngineCallerOnStream) {
-        device_engine_ = device_engine_by_callback(device_.get(), rank_count(), config.all_to_all_on_stream,
-                                                   config.all_to_all_context);
+        device_engine_ = device_engine_by_callback(
+            device_.get(), rank_count(), config.all_to_all_on_stream, config.all_to_all_context);
         return MEP_OK;
     }
     if (facts.engine == kEngineCaller) {

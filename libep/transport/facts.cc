@@ -190,12 +190,12 @@ TransportChoice choose_transport(const GroupFacts &facts, int one, int other) {
     if (one == other) return {MEP_TRANSPORT_SELF, "self", "the rank itself"};
     const int low = one < other ? one : other, high = one < other ? other : one;
     std::string why;
-    const RankFacts &a = facts.ranks[low], &b = facts.ranks[high];
-    if (!same_host(a, b))
-        why = "they are on different hosts";
-    else if (std::strncmp(a.island, b.island, sizeof a.island) != 0)
-        why = std::string("MOONCAKE_EP_ISLAND is '") + a.island + "' on " + rank_text(low) +
-              " and '" + b.island + "' on " + rank_text(high);
+    if (!same_host(facts.ranks[low], facts.ranks[high])) why = "they are on different hosts";
+    for (const int rank : {low, high})
+        if (const int ranks = facts.ranks[rank].island_ranks;
+            why.empty() && ranks > 0 && low / ranks != high / ranks)
+            why = "they are on different islands: MOONCAKE_EP_ISLAND_RANKS is " +
+                  std::to_string(ranks) + " on " + rank_text(rank);
     for (const int rank : {low, high})
         if (why.empty() && facts.ranks[rank].p2p_disabled != 0)
             why = "MOONCAKE_EP_DISABLE_P2P or disable_p2p is set on " + rank_text(rank);

@@ -22,7 +22,7 @@ struct RankFacts {
     int32_t engine;       // EngineKind: the caller's, or kEngineTcp
     int32_t p2p_disabled;
     int32_t nccl;           // its version, or MCCL's; 0: it has none
-    char island[60];        // only ranks of the same reach each other's memory
+    int32_t island_ranks;   // so many neighbours reach no memory of others; 0: no such limit
     char tcp_address[128];  // of this machine, for ranks elsewhere; "" if nobody has said
 };
 

@@ -277,12 +277,6 @@ void expect_same_bits_by(bool nccl, int ranks) {
             }
 }
 
-// Ranks 0 and 1, and ranks 2 and 3, are an island each.
-Results run_on_islands(const Problem &p, const Seat &seat, std::string *failure) {
-    setenv("MOONCAKE_EP_ISLAND", seat.rank < 2 ? "left" : "right", 1);
-    return gpu::run_rounds(p, seat, failure);
-}
-
 }  // namespace
 
 TEST(CudaProcesses, GiveTheBitsOfTheCpuByNccl) {
@@ -294,6 +288,7 @@ TEST(CudaProcesses, GiveTheBitsOfTheCpuThroughHostMemory) {
 }
 
 TEST(CudaProcesses, GiveTheBitsOfTheCpuOnTwoIslands) {
+    const Setting islands("MOONCAKE_EP_ISLAND_RANKS", "2");
     for (const gpu::Order order : {gpu::Order::kWhole, gpu::Order::kHalves, gpu::Order::kCrossed})
         for (const Weights weights : {Weights::kAtDispatch, Weights::kAtCombine}) {
             if (IsSkipped()) return;
@@ -306,7 +301,7 @@ TEST(CudaProcesses, GiveTheBitsOfTheCpuOnTwoIslands) {
             p.rounds = 6;
             SCOPED_TRACE("order " + std::to_string(int(order)) + " weights " +
                          std::to_string(int(weights)));
-            expect_same_bits_in_processes(p, run_on_islands);
+            expect_same_bits_in_processes(p);
         }
 }
 

@@ -205,13 +205,16 @@ TEST(Choice, ReachesNoMemoryOfARankThatDisablesIt) {
 }
 
 TEST(Choice, ReachesNoMemoryOfAnotherIsland) {
-    Group group(MEP_BACKEND_CPU, {{0, 1, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}});
-    for (int rank = 0; rank < 4; ++rank)
-        std::snprintf(group.facts.ranks[rank].island, sizeof group.facts.ranks[rank].island, "%s",
-                      rank < 2 ? "left" : "right");
+    Group group(MEP_BACKEND_CPU, std::vector<Place>(5));
+    for (RankFacts &rank : group.facts.ranks)
+        rank.island_ranks = 2;
     EXPECT_EQ(choose_transport(group.facts, 2, 3).kind, MEP_TRANSPORT_THREAD);
     EXPECT_EQ(choose_transport(group.facts, 2, 1).reason,
-              "by TCP: MOONCAKE_EP_ISLAND is 'left' on rank 1 and 'right' on rank 2");
+              "by TCP: they are on different islands: MOONCAKE_EP_ISLAND_RANKS is 2 on rank 1");
+    EXPECT_EQ(choose_transport(group.facts, 3, 4).kind, MEP_TRANSPORT_COLLECTIVE);
+    group.facts.ranks[2].island_ranks = group.facts.ranks[3].island_ranks = 0;
+    EXPECT_EQ(choose_transport(group.facts, 2, 1).kind, MEP_TRANSPORT_COLLECTIVE);
+    EXPECT_EQ(choose_transport(group.facts, 2, 3).kind, MEP_TRANSPORT_THREAD);
     expect_one_answer(group.facts);
 }
 
