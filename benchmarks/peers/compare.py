@@ -25,11 +25,17 @@ import torch.distributed as dist
 import torch.multiprocessing
 from all_to_all import AllToAll
 from exchange import OPERATIONS, Contestant, Inputs, Shape, Variant, expert_outputs, random_inputs
+from loops import Loops
 from mooncake_wheel import Mooncake
 
 import mooncake_ep as ep
 
-_PEERS: dict[str, Callable[[Shape, Inputs], Contestant]] = {"nccl": AllToAll, "mooncake": Mooncake}
+_PEERS: dict[str, Callable[[Shape, Inputs], Contestant]] = {
+    "nccl": AllToAll,
+    "mooncake": Mooncake,
+    "loops": Loops,
+}
+_PEERS_BY_DEFAULT = ["nccl", "mooncake"]
 # Relative L2 error of combine's sums against ours: partial sums are rounded to bf16 here and there.
 _TOLERANCE = 1e-2
 _GRACE_S = 5.0
@@ -93,9 +99,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers",
         type=lambda text: text.split(","),
-        default=list(_PEERS),
+        default=_PEERS_BY_DEFAULT,
         metavar="NAME[,NAME]",
-        help=f"of {', '.join(_PEERS)} (default: all); on the CPU nccl is gloo",
+        help=f"of {', '.join(_PEERS)} (default: {','.join(_PEERS_BY_DEFAULT)}); "
+        "on the CPU nccl is gloo",
     )
     arguments = parser.parse_args()
     try:

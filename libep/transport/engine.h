@@ -9,11 +9,28 @@
 #include <cstddef>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace ep {
 
-using Parcel = std::vector<char>;
+// Memory that is not filled with zeros first, as all of it is written.
+template <class T>
+struct Unfilled : std::allocator<T> {
+    template <class Other>
+    struct rebind {
+        using other = Unfilled<Other>;
+    };
+    template <class Other>
+    void construct(Other *at) noexcept {
+        ::new (static_cast<void *>(at)) Other;
+    }
+    template <class Other, class... Args>
+    void construct(Other *at, Args &&...args) {
+        ::new (static_cast<void *>(at)) Other(std::forward<Args>(args)...);
+    }
+};
+using Parcel = std::vector<char, Unfilled<char>>;
 
 class Engine {
   public:

@@ -104,27 +104,40 @@ class Callbacks:
 
 
 def torch_all_to_all(process_group: Any) -> AllToAll:
-    """Exchange over a torch.distributed process group that has all_to_all_single()."""
+    """Exchange over a torch.distributed process group.
+
+    gloo sends from where the bytes are to where they belong; others join them and take them by
+    all_to_all_single(), through a GPU if they have nothing for host memory, like NCCL.
+    """
+    if not any(name in _backend_of(process_group) for name in ("gloo", "mpi")):
+        return _by_all_to_all_single(process_group)
     torch = importlib.import_module("torch")
     distributed = importlib.import_module("torch.distributed")
-    # The bytes are the host's; NCCL and its like take them through their GPU.
+    ranks = distributed.get_process_group_ranks(process_group or distributed.group.WORLD)
+
+    def all_to_all(send: list[memoryview], receive: list[memoryview]) -> None:
+        works = [
+            transfer(torch.frombuffer(part, dtype=torch.uint8), ranks[rank], process_group)
+            for transfer, parts in ((distributed.irecv, receive), (distributed.isend, send))
+            for rank, part in enumerate(parts)
+            if len(part) > 0
+        ]
+        for work in works:
+            work.wait()
+
+    return all_to_all
+
+
+def _by_all_to_all_single(process_group: Any) -> AllToAll:
+    torch = importlib.import_module("torch")
+    distributed = importlib.import_module("torch.distributed")
     device = torch.device("cpu" if _has_host_collectives(process_group) else "cuda")
-
-    kept: dict[str, Any] = {}  # tensors, because new memory costs as much as a copy
-
-    def tensor(name: str, size: int) -> Any:
-        if name not in kept or len(kept[name]) < size:
-            kept[name] = torch.empty(size, dtype=torch.uint8)
-        return kept[name][:size]
 
     def all_to_all(send: list[memoryview], receive: list[memoryview]) -> None:
         sent, received = [len(part) for part in send], [len(part) for part in receive]
-        source, target = tensor("source", sum(sent)), tensor("target", sum(received))
-        _gather(send, memoryview(source.numpy()))
-        output = target.to(device)
-        distributed.all_to_all_single(
-            output, source.to(device), received, sent, group=process_group
-        )
+        source = torch.tensor(bytearray(b"".join(send)), dtype=torch.uint8, device=device)
+        output = torch.empty(sum(received), dtype=torch.uint8, device=device)
+        distributed.all_to_all_single(output, source, received, sent, group=process_group)
         _scatter(memoryview(output.cpu().numpy()), receive)
 
     return all_to_all
@@ -220,13 +233,6 @@ def _counts(parts: list[memoryview]) -> tuple[list[int], list[int]]:
     """Return the sizes and the offsets of parts that lie behind each other."""
     sizes = [len(part) for part in parts]
     return sizes, [sum(sizes[:rank]) for rank in range(len(sizes))]
-
-
-def _gather(parts: list[memoryview], joined: memoryview) -> None:
-    offset = 0
-    for part in parts:
-        joined[offset : offset + len(part)] = part
-        offset += len(part)
 
 
 def _scatter(joined: memoryview, parts: list[memoryview]) -> None:

@@ -182,6 +182,14 @@ def check_table(text: str, names: tuple[str, ...], bases: tuple[str, ...]) -> No
         assert ratios.count("-") == (2 - len(bases) if name != "ours" else 1)
 
 
+@pytest.mark.parametrize("disable_p2p", ["0", "1"])
+def test_loops_give_what_we_give(monkeypatch: pytest.MonkeyPatch, disable_p2p: str) -> None:
+    monkeypatch.setenv("MOONCAKE_EP_DISABLE_P2P", disable_p2p)
+    done = run_compare(*_SMALL, "--peers", "loops")
+    assert done.returncode == 0, done.stderr
+    check_table(done.stdout, ("ours", "loops"), bases=("ours",))
+
+
 @pytest.mark.parametrize("payload", ["bf16", "fp8"])
 def test_compare_prints_a_row_for_each_contestant_and_operation(payload: str) -> None:
     done = run_compare(*_SMALL, "--payload", payload)
