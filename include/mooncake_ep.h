@@ -492,7 +492,11 @@ typedef struct mep_buffer_counters {
     uint64_t invalid_messages;
 } mep_buffer_counters_t;
 
-/** Memory that mep_buffer_create would take on each rank. Local. Errors: MEP_INVALID_ARGUMENT. */
+/**
+ * Memory that mep_buffer_create would take on each rank if all reach each other's. For each peer
+ * whose memory is not reached it takes boxes beside that, for sending and on GPUs as many for
+ * receiving: M messages, M sums and M*K weights each. Local. Errors: MEP_INVALID_ARGUMENT.
+ */
 MEP_API mep_status_t mep_buffer_query_sizes(const mep_buffer_config_t *config, int32_t rank_count,
                                             mep_buffer_sizes_t *sizes);
 
@@ -619,6 +623,8 @@ typedef struct mep_dispatch_args {
  * MEP_DEVICE_ERROR. On the CPU and with active_ranks NULL also MEP_PEER_FAILED: ranks missed the
  * deadline or broke a limit, the outputs hold what the others sent, and those ranks are masked from
  * now on. (Of a rank that is lost between its counts and its rows, out_count still has the rows.)
+ * On GPUs that too, once, if rows that do not go through memory have lost a rank, in this call or
+ * one before.
  */
 MEP_API mep_status_t mep_dispatch(mep_buffer_t *buffer, mep_handle_t *handle,
                                   const mep_dispatch_args_t *args);

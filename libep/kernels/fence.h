@@ -40,7 +40,9 @@ EP_KERNEL phase_fence_kernel(const FenceArgs<Args> a) {
     const Wait wait(r);
     for (int peer = grid_index<Thread>(); peer < r.layout.shape.rank_count;
          peer += grid_count<Thread>()) {
-        if (peer == r.rank || !is_active(r, peer)) continue;
+        // What an engine carries is in the order of the stream anyway.
+        const bool far = r.far.box_of != nullptr && r.far.box_of[peer] != Far::kNear;
+        if (peer == r.rank || far || !is_active(r, peer)) continue;
         if (a.tells)
             publish(r.layout.fence(r.window(peer), kOperation, r.rank), epoch);
         else

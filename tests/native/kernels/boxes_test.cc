@@ -149,6 +149,29 @@ TEST(Boxes, OfMaskedPeersAreNotLookedAt) {
     }
 }
 
+TEST(Boxes, AreWatchedByTheHost) {
+    constexpr uint64_t kRounds = 3;
+    Fleet fleet(rig_of(Weights::kAtDispatch));
+    Round round = fleet.round(50);
+    Task &task = round.tasks[1];
+    Watch watch{};
+    WatchState state{};
+    for (uint64_t i = 0; i < kRounds; ++i) {
+        fleet.watch(task, &watch, &state, false);
+        EXPECT_EQ(watch.begun, i + 1);
+        EXPECT_EQ(watch.done, i);
+        EXPECT_EQ(watch.timeout_ns, fleet.rig().timeout_ns);
+        fleet.watch(task, &watch, &state, true);
+        EXPECT_EQ(watch.done, i + 1);
+        EXPECT_EQ(fleet.active(1), (std::vector<int32_t>{1, 1, 1}));
+    }
+    state.failed = 1;  // given up: nobody far is looked at any more
+    fleet.watch(task, &watch, &state, false);
+    fleet.watch(task, &watch, &state, true);
+    EXPECT_EQ(watch.done, kRounds + 1);
+    EXPECT_EQ(fleet.active(1), (std::vector<int32_t>{0, 1, 0}));
+}
+
 }  // namespace
 
 Kernels kernels_under_test() {

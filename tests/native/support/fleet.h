@@ -185,6 +185,9 @@ class Fleet {
         members_[task.rank].receives_from_inbox = from_inbox;
     }
     void deliver(Cargo cargo, Task &task);
+    void watch(Task &task, Watch *watch, WatchState *state, bool ends) {
+        kernels_.watch({kernel_round(task), watch, state, ends}, queue(task.rank));
+    }
 
     // What an engine carries between far ranks, [from][to].
     using Parcels = std::vector<std::vector<std::vector<char>>>;
