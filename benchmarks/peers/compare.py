@@ -210,7 +210,7 @@ def _contest(
     for variant in variants:
         for operation in OPERATIONS:
             _show_row(variant, operation, clock.slowest(variant, operation), reference)
-    del variants
+    del variants, variant  # and with them graphs, which have to go before their group
     contestant.close()
 
 
