@@ -94,7 +94,7 @@ mep_status_t read_wishes(const mep_group_config_t &config, bool on_gpu, RankFact
     facts->engine = config.all_to_all_on_stream != nullptr ? kEngineCallerOnStream
                     : config.all_to_all != nullptr         ? kEngineCaller
                                                            : kEngineTcp;
-    if (on_gpu && facts->engine == kEngineTcp) facts->nccl = nccl_version(facts->backend);
+    if (on_gpu && facts->engine == kEngineTcp) facts->nccl = Nccl::of(facts->backend).version();
     long island_ranks = 0;
     EP_TRY(env_integer("MOONCAKE_EP_ISLAND_RANKS", 1, MEP_RANK_COUNT_MAX, 0, &island_ranks));
     facts->island_ranks = static_cast<int32_t>(island_ranks);
@@ -231,7 +231,7 @@ mep_status_t Group::create_engine(const mep_group_config_t &config, const GroupF
         return bootstrap_->all_gather(send, receive, bytes, deadline);
     };
     if (facts.engine == kEngineNccl)
-        return agree(device_engine_by_nccl(device_.get(), backend_->id, rank(),
+        return agree(device_engine_by_nccl(device_.get(), Nccl::of(backend_->id), rank(),
                                            far_peers(facts, rank()), gather, deadline,
                                            &device_engine_));
     if (facts.engine == kEngineCallerOnStream) {

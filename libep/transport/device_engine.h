@@ -5,6 +5,7 @@
 #include "backend/backend.h"
 #include "base/deadline.h"
 #include "transport/engine.h"
+#include "transport/nccl.h"
 
 #include <memory>
 #include <string>
@@ -50,12 +51,9 @@ std::unique_ptr<DeviceEngine> device_engine_by_host(Device *device, std::unique_
 std::unique_ptr<DeviceEngine> device_engine_by_callback(
     Device *device, int rank_count, mep_all_to_all_on_stream_callback_t callback, void *context);
 
-// The version of NCCL, or of MCCL on MACA, that this process can load; 0 if there is none.
-int nccl_version(int32_t backend);
-
-// By that, in a communicator of its own. Collective; `far` [rank]: with whom this rank will
-// exchange. No two ranks may share a GPU.
-mep_status_t device_engine_by_nccl(Device *device, int32_t backend, int rank,
+// By NCCL, or by MCCL, which outlives it, in a communicator of its own. Collective; `far` [rank]:
+// with whom this rank will exchange. No two ranks may share a GPU.
+mep_status_t device_engine_by_nccl(Device *device, const Nccl &nccl, int rank,
                                    const std::vector<bool> &far, const AllGather &all_gather,
                                    const Deadline &deadline, std::unique_ptr<DeviceEngine> *engine);
 

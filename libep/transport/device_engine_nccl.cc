@@ -1,7 +1,6 @@
 #include "base/log.h"
 #include "base/status.h"
 #include "transport/device_engine.h"
-#include "transport/nccl.h"
 
 #include <algorithm>
 #include <atomic>
@@ -291,17 +290,11 @@ mep_status_t NcclEngine::exchange(const Round &round, const std::vector<Exchange
 
 }  // namespace
 
-int nccl_version(int32_t backend) {
-    const Nccl &nccl = Nccl::of(backend);
-    int version = 0;
-    return nccl.problem.empty() && nccl.get_version(&version) == Nccl::kSuccess ? version : 0;
-}
-
-mep_status_t device_engine_by_nccl(Device *device, int32_t backend, int rank,
+mep_status_t device_engine_by_nccl(Device *device, const Nccl &nccl, int rank,
                                    const std::vector<bool> &far, const AllGather &all_gather,
                                    const Deadline &deadline,
                                    std::unique_ptr<DeviceEngine> *engine) {
-    auto created = std::make_unique<NcclEngine>(device, Nccl::of(backend));
+    auto created = std::make_unique<NcclEngine>(device, nccl);
     EP_TRY(created->create(rank, far, all_gather, deadline));
     *engine = std::move(created);
     return MEP_OK;

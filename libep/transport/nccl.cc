@@ -27,6 +27,11 @@ const Nccl &Nccl::of(int32_t backend) {
     return backend == MEP_BACKEND_MACA ? mccl : nccl;
 }
 
+int Nccl::version() const {
+    int number = 0;
+    return problem.empty() && get_version(&number) == kSuccess ? number : 0;
+}
+
 Nccl Nccl::load(const char *name, const char *library, const std::string &prefix) {
     Nccl nccl;
     nccl.name = name;

@@ -43,6 +43,8 @@ struct Nccl {
     const char *name = "NCCL";
     std::string problem;  // why it cannot be used; "" if it can
 
+    int version() const;  // 0 if it cannot be used
+
     // Of MEP_BACKEND_CUDA or MEP_BACKEND_MACA; loaded once.
     static const Nccl &of(int32_t backend);
 
