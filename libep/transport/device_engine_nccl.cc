@@ -31,12 +31,14 @@ template <class Function>
 bool ends_in_time(const Deadline &deadline, Function function) {
     std::packaged_task<void()> task(std::move(function));
     std::future<void> done = task.get_future();
-    std::thread(std::move(task)).detach();
-    if (deadline.never()) {
-        done.wait();
+    std::thread thread(std::move(task));
+    if (deadline.never()) done.wait();
+    if (deadline.never() || done.wait_until(deadline.end()) == std::future_status::ready) {
+        thread.join();
         return true;
     }
-    return done.wait_until(deadline.end()) == std::future_status::ready;
+    thread.detach();
+    return false;
 }
 
 // Ends exchanges that last too long, which NCCL itself waits for without end.
