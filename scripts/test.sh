@@ -39,6 +39,7 @@ missing_packages() {
     compgen -G '/usr/*/lib/cmake/GTest/GTestConfig.cmake' >/dev/null ||
         compgen -G '/usr/lib/*/cmake/GTest/GTestConfig.cmake' >/dev/null || echo libgtest-dev
     have ip || echo iproute2
+    have spin || echo spin
 }
 
 # install PACKAGE...

@@ -1,0 +1,204 @@
+/*
+ * Rounds of dispatch or combine through slots that are used again: a model for spin. What is in it
+ * and what is not, and how to run it: README.md here. ARCHITECTURE.md, Reuse of slots, has the
+ * argument in words.
+ *
+ *   R  ranks; F  rounds in flight; N  rounds, enough that each slot is used twice and more
+ *   SOME_TOKENS  whether there is a message is open for each round and pair (combine); otherwise
+ *                there always is one (dispatch, where a rank without tokens gets an empty one)
+ *   CRASHES      so many ranks may stop for ever, at any step
+ *   TIMEOUTS     so many waits may end although the peer is only slow
+ *   BUG_...      what is planted, and has to be found
+ */
+#if defined(BUG_FEW_SLOTS)
+#define S (2 * F - 1)
+#else
+#define S (2 * F)
+#endif
+#if defined(BUG_WIDE_WINDOW)
+#define WINDOW (F + 1)
+#else
+#define WINDOW F
+#endif
+
+/* In the window of `owner`: of each source and slot, the last round of which it has the word. */
+#define PLACE(owner, source, m) (((owner) * R + (source)) * S + (m) % S)
+byte begun[R * R * S];    /* the count or the arrival */
+byte payload[R * R * S];
+byte flag[R * R * S];
+bool masked[R * R];       /* [me][peer] */
+bool dead[R];
+bool token[R * R * (N + 1)];  /* [from][to][round] */
+byte crashes = CRASHES, timeouts = TIMEOUTS;
+
+#define MASKED(me, peer) masked[(me) * R + (peer)]
+#define TOKEN(from, to, m) token[((from) * R + (to)) * (N + 1) + (m)]
+
+/* A rank may be gone before any step. */
+#define STEP                                                   \
+    if                                                         \
+    :: atomic { crashes > 0 -> crashes--; dead[me] = true };   \
+       goto gone                                               \
+    :: true                                                    \
+    fi
+
+/* Until the condition holds; false in `came` if the peer is masked, or missed the deadline. Who is
+ * dead, or has masked me, never comes: the deadline will pass. */
+#if defined(BUG_NO_DEADLINE)
+#define MISSED(peer) false
+#else
+#define MISSED(peer) (dead[peer] || MASKED(peer, me) || timeouts > 0)
+#endif
+#define AWAIT(condition, peer)                                                        \
+    if                                                                                \
+    :: atomic { MASKED(me, peer) -> came = false }                                    \
+    :: atomic { !MASKED(me, peer) && (condition) -> came = true }                     \
+    :: atomic { !MASKED(me, peer) && !(condition) && MISSED(peer) ->                  \
+                if                                                                    \
+                :: dead[peer] || MASKED(peer, me)                                     \
+                :: else -> timeouts--                                                 \
+                fi;                                                                   \
+                MASKED(me, peer) = true;                                              \
+                came = false }                                                        \
+    fi
+
+#if defined(BUG_ANY_EPOCH)
+#define IS_OF(word, m) ((word) != 0)
+#else
+#define IS_OF(word, m) ((word) == (m))
+#endif
+#if defined(BUG_SENDS_TO_MASKED)
+#define SENDS_TO(peer) (peer != me)
+#else
+#define SENDS_TO(peer) (peer != me && !MASKED(me, peer))
+#endif
+
+inline send(m) {
+    peer = 0;
+    do
+    :: peer < R ->
+       STEP;
+       if
+       :: SENDS_TO(peer) -> begun[PLACE(peer, me, m)] = m
+       :: else
+       fi;
+       peer++
+    :: else -> break
+    od;
+    peer = 0;
+    do
+    :: peer < R ->
+       if
+       :: SENDS_TO(peer) && TOKEN(me, peer, m) ->
+#if defined(BUG_FLAG_FIRST)
+          flag[PLACE(peer, me, m)] = m;
+          STEP;
+          payload[PLACE(peer, me, m)] = m
+#else
+          payload[PLACE(peer, me, m)] = m;
+          STEP;
+          flag[PLACE(peer, me, m)] = m
+#endif
+       :: else
+       fi;
+       peer++
+    :: else -> break
+    od;
+    peer = 0
+}
+
+inline receive(m) {
+    peer = 0;
+    do
+    :: peer < R && peer != me ->
+       STEP;
+       came = true;
+#if !defined(BUG_NO_BEGIN)
+       AWAIT(IS_OF(begun[PLACE(me, peer, m)], m), peer);
+#endif
+       if
+       :: came && TOKEN(peer, me, m) ->
+          AWAIT(IS_OF(flag[PLACE(me, peer, m)], m), peer);
+          if
+          :: came -> assert(payload[PLACE(me, peer, m)] == m)
+          :: else
+          fi
+       :: else
+       fi;
+       peer++
+    :: peer == me -> peer++
+    :: peer >= R -> break
+    od;
+    peer = 0;
+    came = false
+}
+
+proctype Rank(byte me) {
+    byte sent = 0, oldest = 1;  /* oldest: the first that is not received */
+    bool received[N + 2];
+    byte peer = 0, m = 0;
+    bool came = false;
+    do
+    :: sent < N && sent + 1 < oldest + WINDOW ->
+       send(sent + 1);
+       sent++
+    :: oldest <= sent ->
+       m = oldest;
+       do  /* any of those in flight */
+       :: m < sent -> m++
+       :: m == sent && received[m] -> m = oldest
+       :: !received[m] -> break
+       od;
+       receive(m);
+       received[m] = true;
+       m = 0;
+       do
+       :: oldest <= N && received[oldest] -> received[oldest] = false; oldest++
+       :: else -> break
+       od
+    :: oldest > N -> break
+    od;
+gone:
+    skip
+}
+
+init {
+    byte from = 0, to = 0, m = 1, me = 0;
+    atomic {
+#if defined(SOME_TOKENS)
+        do
+        :: from < R ->
+           do
+           :: to < R ->
+              do
+              :: m <= N ->
+                 if
+                 :: from != to -> TOKEN(from, to, m) = true
+                 :: true
+                 fi;
+                 m++
+              :: else -> break
+              od;
+              m = 1;
+              to++
+           :: else -> break
+           od;
+           to = 0;
+           from++
+        :: else -> break
+        od;
+#else
+        do
+        :: m < R * R * (N + 1) -> token[m] = true; m++
+        :: else -> break
+        od;
+        token[0] = true;
+#endif
+        from = 0;
+        m = 0;
+        do
+        :: me < R -> run Rank(me); me++
+        :: else -> break
+        od
+    }
+}
