@@ -403,9 +403,9 @@ class Buffer:
             TypeError: an argument is no array.
             ValueError: an argument breaks a rule of mooncake_ep.h; names it.
             EpError: too many rounds in flight, group or buffer closed.
-            PeerFailedError: a rank missed the deadline (only without active_ranks; on a GPU the call
-                has returned by then, and active_ranks is how to know, but where rows go by an
-                engine, and then it may be a later call that raises).
+            PeerFailedError: a rank missed the deadline (only without active_ranks; on a GPU, where
+                the call has returned by then, active_ranks is how to know, and only where rows go
+                by an engine a later call raises this).
         """
         c_buffer = self._open()
         call = self._dispatch_calls.pop() if self._dispatch_calls else _DispatchCall(self)
