@@ -265,8 +265,8 @@ typedef int32_t (*mep_all_gather_callback_t)(void *context, const void *send, vo
  * What carries rows between ranks that do not reach each other's memory, if the caller has it: send
  * send_bytes[rank] bytes at send[rank] to each rank, and receive receive_bytes[rank] bytes from
  * each at receive[rank], all of them host memory; where a count is 0, nothing. The two sides of a
- * pair agree about its counts, and the calls come in the same order on all ranks. Blocking. Returns
- * 0, or any other number on failure.
+ * pair agree about its counts, and the calls come in the same order on all ranks; every rank makes
+ * them, also one that has nothing for anybody. Blocking. Returns 0, or any other number on failure.
  */
 typedef int32_t (*mep_all_to_all_callback_t)(void *context, const void *const *send,
                                              const size_t *send_bytes, void *const *receive,
@@ -276,8 +276,8 @@ typedef int32_t (*mep_all_to_all_callback_t)(void *context, const void *const *s
  * The same for device memory, in the order of a stream: bytes[rank] bytes at send[rank] to each
  * rank, and as many from it to receive[rank]; where a count is 0, nothing. `stream` is the one of
  * the call (mep_dispatch_args_t); what is queued on it before is to be sent, and what is queued
- * after finds what came. The addresses of a buffer do not change. Returns 0, or any other number on
- * failure.
+ * after finds what came. The addresses of a buffer do not change; ranks that are masked are in it,
+ * too, as a deadline is not this library's affair here. Returns 0, or any other number on failure.
  */
 typedef int32_t (*mep_all_to_all_on_stream_callback_t)(void *context, const void *const *send,
                                                        void *const *receive, const size_t *bytes,
@@ -332,7 +332,7 @@ typedef struct mep_group_config {
     mep_world_t *world;
     /**
      * For ranks that cannot reach each other's memory; on all ranks or on none. NULL: on GPUs NCCL
-     * (MACA: MCCL), if all ranks can load it and none share a GPU; otherwise TCP.
+     * (MACA: MCCL), if all ranks can load the same version and none share a GPU; otherwise TCP.
      */
     mep_all_to_all_callback_t all_to_all;
     void *all_to_all_context; /**< passed to all_to_all and to all_to_all_on_stream */
@@ -358,13 +358,15 @@ enum {
     MEP_TRANSPORT_SHM = 3,    /**< a process of this host: POSIX shared memory */
     MEP_TRANSPORT_IPC = 4,    /**< a process of this host: GPU memory by its IPC handle */
     /**
-     * no memory of the peer is reached: rows go by the caller's all_to_all, by NCCL or by TCP. A
-     * half that sends then waits for the peer to send the same; all ranks of the group send their
-     * dispatches and combines in the same order. On GPUs the calls of a buffer go to one stream, or
-     * to streams that wait for each other; NCCL's, and those of an all_to_all_on_stream that allows
-     * it, can be captured in graphs, which must be destroyed before the group; the others, through
-     * host memory, wait for the stream, and cannot. Over TCP a peer that is masked in one call is
-     * heard no more by this group; over NCCL no far peer is, once one misses a deadline.
+     * no memory of the peer is reached: rows go by the caller's all_to_all or all_to_all_on_stream,
+     * by NCCL or by TCP. A half that sends then waits for the peer to send the same; all ranks of
+     * the group send their dispatches and combines in the same order. On GPUs the calls of a buffer
+     * go to one stream, or to streams that wait for each other; NCCL's, and those of an
+     * all_to_all_on_stream that allows it, can be captured in graphs, which must be destroyed
+     * before the group; the others, through host memory, wait for the stream, and cannot. Over TCP
+     * a peer that is masked in one call is heard no more by this group; over NCCL no far peer is,
+     * once one misses a deadline. On GPUs a masked rank still has to make the same calls, unless
+     * rows go through host memory.
      */
     MEP_TRANSPORT_COLLECTIVE = 5
 };
@@ -390,7 +392,9 @@ MEP_API mep_status_t mep_group_create(const mep_group_config_t *config, mep_grou
 
 /**
  * Leave the group. Local. Calls on its buffers then fail with MEP_INVALID_STATE; they still have to
- * be destroyed. Peers keep their own mappings, so ranks may leave in any order.
+ * be destroyed. Peers keep their own mappings, so ranks may leave in any order. Where rows went by
+ * NCCL, ranks of a host should leave at the same time: the last of group and buffers to be
+ * destroyed waits for the others, for up to 5 s.
  */
 MEP_API void mep_group_destroy(mep_group_t *group);
 
@@ -620,11 +624,12 @@ typedef struct mep_dispatch_args {
  *
  * Errors: MEP_INVALID_ARGUMENT (names the argument, value and rule), MEP_INVALID_STATE (more than F
  * rounds in flight; RECEIVE without SEND; the handle's last round still in flight; group left),
- * MEP_DEVICE_ERROR. On the CPU and with active_ranks NULL also MEP_PEER_FAILED: ranks missed the
- * deadline or broke a limit, the outputs hold what the others sent, and those ranks are masked from
- * now on. (Of a rank that is lost between its counts and its rows, out_count still has the rows.)
- * On GPUs that too, once, if rows that do not go through memory have lost a rank, in this call or
- * one before.
+ * MEP_DEVICE_ERROR; where rows do not go through memory also MEP_UNSUPPORTED (a graph that cannot
+ * capture that) and MEP_SYSTEM_ERROR or MEP_MISMATCH (what carries them has failed). On the CPU and
+ * with active_ranks NULL also MEP_PEER_FAILED: ranks missed the deadline or broke a limit, the
+ * outputs hold what the others sent, and those ranks are masked from now on. (Of a rank that is
+ * lost between its counts and its rows, out_count still has the rows.) On GPUs that too, once, if
+ * rows that do not go through memory have lost a rank, in this call or one before.
  */
 MEP_API mep_status_t mep_dispatch(mep_buffer_t *buffer, mep_handle_t *handle,
                                   const mep_dispatch_args_t *args);

@@ -131,8 +131,6 @@ stage_python() {
     timeout -k 10 "$TESTS_SECONDS_MAX" "$VENV/bin/python" -m pytest --backend tcp \
         --junit-xml="$LOGS/python_tcp.xml" tests/python/test_dispatch.py tests/python/test_rounds.py ||
         return
-    MOONCAKE_EP_ISLAND_RANKS=2 timeout -k 10 "$TESTS_SECONDS_MAX" "$VENV/bin/python" -m pytest \
-        --junit-xml="$LOGS/python_islands.xml" tests/python/test_dispatch.py || return
     "$VENV/bin/python" -c 'import torch' || return 0
     timeout -k 10 "$TESTS_SECONDS_MAX" "$VENV/bin/python" -m pytest --backend gloo \
         --junit-xml="$LOGS/python_gloo.xml" tests/python/test_dispatch.py \

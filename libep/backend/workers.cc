@@ -4,6 +4,7 @@
 
 #include <condition_variable>
 #include <mutex>
+#include <pthread.h>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -29,8 +30,11 @@ class ThreadPool : public Workers {
 
     mep_status_t start(int count) {
         try {  // std::thread reports only by exception
-            for (int index = 1; index < count; ++index)
+            for (int index = 1; index < count; ++index) {
                 threads_.emplace_back([this, index] { serve(index); });
+                // So that whoever looks at a program's threads knows whose they are.
+                pthread_setname_np(threads_.back().native_handle(), "mep_worker");
+            }
         } catch (const std::system_error &error) {
             return fail(MEP_SYSTEM_ERROR, "starting thread %zu of %d: %s", threads_.size() + 1,
                         count, error.what());

@@ -240,7 +240,7 @@ mep_status_t Buffer::connect(const WindowHandle &mine) {
     mep_status_t status = windows_.connect(device(), handles, group_->rank(), far);
     if (status == MEP_OK)
         status = collective_.create(device(), group_->engine(), group_->device_engine(),
-                                    shape_.layout, far);
+                                    shape_.layout, far, group_->engine_wants_all());
     if (status == MEP_OK) {
         addresses_ = windows_.addresses();
         status = device()->write(windows_on_device_.get(), addresses_.data(),

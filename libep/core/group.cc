@@ -44,6 +44,7 @@ mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Gro
     GroupFacts facts;
     EP_TRY(created->gather_facts(config, &facts, deadline));
     if (created->rank_count() > 1) EP_TRY(created->try_transports(&facts));
+    EP_TRY(created->look_for_nccl(&facts));
     created->adopt(facts);
     EP_TRY(created->create_engine(config, facts, deadline));
     if (backend != MEP_BACKEND_CPU)
@@ -94,7 +95,6 @@ mep_status_t read_wishes(const mep_group_config_t &config, bool on_gpu, RankFact
     facts->engine = config.all_to_all_on_stream != nullptr ? kEngineCallerOnStream
                     : config.all_to_all != nullptr         ? kEngineCaller
                                                            : kEngineTcp;
-    if (on_gpu && facts->engine == kEngineTcp) facts->nccl = Nccl::of(facts->backend).version();
     long island_ranks = 0;
     EP_TRY(env_integer("MOONCAKE_EP_ISLAND_RANKS", 1, MEP_RANK_COUNT_MAX, 0, &island_ranks));
     facts->island_ranks = static_cast<int32_t>(island_ranks);
@@ -196,6 +196,28 @@ mep_status_t Group::try_transports(GroupFacts *facts) {
     return MEP_OK;
 }
 
+// Only if it is needed: a library that is loaded is the one that other users of the process get.
+mep_status_t Group::look_for_nccl(GroupFacts *facts) {
+    bool far = false;
+    for (int one = 0; one < rank_count(); ++one)
+        for (int other = 0; other < one; ++other)
+            far = far || !is_by_memory(choose_transport(*facts, one, other));
+    if (!far || device_->is_synchronous() || facts->ranks[0].engine != kEngineTcp) return MEP_OK;
+    const Nccl &nccl = Nccl::of(backend_->id);
+    const int32_t mine = nccl.version();
+    if (mine == 0)
+        log(MEP_LOG_WARNING,
+            "rows between ranks that reach no memory of each other go without %s: "
+            "%s",
+            nccl.name, nccl.problem.c_str());
+    std::vector<int32_t> versions(rank_count());
+    EP_TRY(all_gather(&mine, versions.data(), sizeof mine));
+    for (int peer = 0; peer < rank_count(); ++peer)
+        facts->ranks[peer].nccl = versions[peer];
+    choose_engine(facts);
+    return MEP_OK;
+}
+
 void Group::adopt(const GroupFacts &facts) {
     const RankFacts &mine = facts.ranks[rank()];
     local_rank_count_ = device_sharers_ = 0;
@@ -227,11 +249,12 @@ mep_status_t Group::create_engine(const mep_group_config_t &config, const GroupF
         for (const bool far : far_peers(facts, one))
             wanted = wanted || far;
     if (!wanted) return MEP_OK;
+    engine_wants_all_ = facts.engine == kEngineCaller || facts.engine == kEngineCallerOnStream;
     const auto gather = [this, &deadline](const void *send, void *receive, size_t bytes) {
         return bootstrap_->all_gather(send, receive, bytes, deadline);
     };
     if (facts.engine == kEngineNccl)
-        return agree(device_engine_by_nccl(device_.get(), Nccl::of(backend_->id), rank(),
+        return agree(device_engine_by_nccl(device_, Nccl::of(backend_->id), rank(),
                                            far_peers(facts, rank()), gather, deadline,
                                            &device_engine_));
     if (facts.engine == kEngineCallerOnStream) {

@@ -41,6 +41,10 @@ class Group {
     Engine *engine() const { return engine_.get(); }
     DeviceEngine *device_engine() const { return device_engine_.get(); }
 
+    // Does it have to be called by every rank, also by one whose peers are all near? The caller's
+    // collectives may want that.
+    bool engine_wants_all() const { return engine_wants_all_; }
+
     // May there be buffers? Else who cannot reach whom; the same on every rank.
     mep_status_t all_reachable() const;
 
@@ -78,6 +82,7 @@ class Group {
     mep_status_t access_to(const std::vector<RankFacts> &ranks, const Topology &machine,
                            std::vector<Access> *row) const;
     mep_status_t try_transports(GroupFacts *facts);
+    mep_status_t look_for_nccl(GroupFacts *facts);
     mep_status_t create_engine(const mep_group_config_t &config, const GroupFacts &facts,
                                const Deadline &deadline);
     void adopt(const GroupFacts &facts);
@@ -100,6 +105,7 @@ class Group {
     std::unique_ptr<Bootstrap> bootstrap_;
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<DeviceEngine> device_engine_;
+    bool engine_wants_all_ = false;
     std::vector<TransportChoice> transports_;
     std::string unreachable_;  // a first pair, and why; "" if there is none
 };

@@ -187,21 +187,22 @@ struct DeliverArgs {
     size_t body_bytes;  // behind a Signal
 };
 
-// What the host watches exchanges by; see kernels/watch.h.
+// What the host watches the exchanges of a buffer by, in host memory that the device reaches; see
+// kernels/watch.h.
 struct Watch {
     uint64_t begun, done;  // exchanges
     uint64_t timeout_ns;   // of the last one begun; Round::kNever
+    uint64_t failed;       // 1: the host has given up
 };
-struct WatchState {
+struct WatchState {  // in device memory, where reading takes less time
     uint64_t begun;
-    uint64_t failed;  // 1: the host has given up
 };
 
 struct WatchArgs {
     Round round;
-    Watch *watch;       // host memory, which the device only writes: reading it takes longer
-    WatchState *state;  // device memory
-    bool ends;          // or begins
+    Watch *watch;
+    WatchState *state;
+    bool ends;  // or begins
 };
 
 // Rows of DispatchArgs::tally for launches of at most so many chunks: each chunk's counts, then,

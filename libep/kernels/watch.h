@@ -17,7 +17,7 @@ EP_KERNEL watch_kernel(const WatchArgs a) {
         post(&a.watch->begun, ++a.state->begun);
     }
     if (!a.ends) return;
-    const bool failed = load(&a.state->failed) != 0;
+    const bool failed = look(&a.watch->failed) != 0;
     for (int peer = grid_index<Thread>(); failed && peer < r.layout.shape.rank_count;
          peer += grid_count<Thread>())
         if (r.far.box_of[peer] != Far::kNear) store(&r.active[peer], 0);

@@ -5,11 +5,12 @@
 namespace ep {
 
 mep_status_t Collective::create(Device *device, Engine *engine, DeviceEngine *device_engine,
-                                const Layout &layout, const std::vector<bool> &far) {
+                                const Layout &layout, const std::vector<bool> &far,
+                                bool takes_part) {
     int32_t boxes = 0;
     for (const bool one : far)
         box_of_.push_back(one ? boxes++ : Far::kNear);
-    if (boxes == 0) return MEP_OK;
+    if (boxes == 0 && !takes_part) return MEP_OK;
     const size_t numbers_bytes = sizeof(int32_t) * box_of_.size();
     kernel_far_.boxes = Boxes::of(layout, boxes);
     EP_TRY(device->allocate(numbers_bytes, &box_of_on_device_));
@@ -25,6 +26,7 @@ mep_status_t Collective::create(Device *device, Engine *engine, DeviceEngine *de
     kernel_far_.outbox = outbox_.get();
     sent_.resize(far.size());
     received_.resize(far.size());
+    if (device_engine != nullptr) EP_TRY(device_engine->open(&channel_));
     device_ = device;
     engine_ = engine;
     device_engine_ = device_engine;
@@ -52,7 +54,7 @@ mep_status_t Collective::carry_boxes(const Round &round, Cargo cargo, const Queu
         if (far_[peer])
             exchanges[peer] = {boxes.box(kernel_far_.outbox, cargo, box_of_[peer]),
                                boxes.box(inbox(), cargo, box_of_[peer]), boxes.bytes_of(cargo)};
-    return device_engine_->exchange(round, exchanges, queue);
+    return device_engine_->exchange(channel_, round, exchanges, queue);
 }
 
 // ---- Parcels, on the CPU ------------------------------------------------------------------------

@@ -15,9 +15,17 @@ namespace ep {
 
 class Collective {
   public:
-    // `far` [rank]: those peers. One of the engines, which outlive this.
+    Collective() = default;
+    Collective(const Collective &) = delete;
+    Collective &operator=(const Collective &) = delete;
+    ~Collective() {
+        if (device_engine_ != nullptr) device_engine_->close(channel_);
+    }
+
+    // `far` [rank]: those peers. One of the engines, which outlive this. `takes_part`: also if
+    // there are none, as the engine wants all ranks.
     mep_status_t create(Device *device, Engine *engine, DeviceEngine *device_engine,
-                        const Layout &layout, const std::vector<bool> &far);
+                        const Layout &layout, const std::vector<bool> &far, bool takes_part);
 
     bool serves_any() const { return !far_.empty(); }
 
@@ -53,6 +61,7 @@ class Collective {
     Device *device_ = nullptr;
     Engine *engine_ = nullptr;
     DeviceEngine *device_engine_ = nullptr;
+    void *channel_ = nullptr;      // of the device engine
     std::vector<bool> far_;        // empty: none
     std::vector<int32_t> box_of_;  // see Far
     Far kernel_far_{};

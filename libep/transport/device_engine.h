@@ -24,14 +24,21 @@ class DeviceEngine {
   public:
     virtual ~DeviceEngine() = default;
 
+    // For the exchanges of a buffer, which are in an order; those of two buffers need not be.
+    virtual mep_status_t open(void **channel) {
+        *channel = nullptr;
+        return MEP_OK;
+    }
+    virtual void close(void *) {}
+
     // Zeroed memory of the device for boxes, which is gone before this.
     virtual mep_status_t allocate(size_t bytes, std::shared_ptr<char> *memory) = 0;
 
     // Queues exchanges [rank] behind what is on the stream, so that what is queued next finds what
-    // came. Peers that fail, or miss the deadline of `round`, are masked in round.active; they are
-    // not heard any more. An error only if nothing was queued.
-    virtual mep_status_t exchange(const Round &round, const std::vector<Exchange> &exchanges,
-                                  const Queue &queue) = 0;
+    // came. Peers that fail, or miss the deadline of `round`, are masked in round.active, if the
+    // engine knows deadlines; they are not heard any more.
+    virtual mep_status_t exchange(void *channel, const Round &round,
+                                  const std::vector<Exchange> &exchanges, const Queue &queue) = 0;
 
     // Why a graph cannot capture its exchanges; "" if it can.
     virtual const char *no_capture_reason() const = 0;
@@ -53,8 +60,9 @@ std::unique_ptr<DeviceEngine> device_engine_by_callback(
 
 // By NCCL, or by MCCL, which outlives it, in a communicator of its own. Collective; `far` [rank]:
 // with whom this rank will exchange. No two ranks may share a GPU.
-mep_status_t device_engine_by_nccl(Device *device, const Nccl &nccl, int rank,
-                                   const std::vector<bool> &far, const AllGather &all_gather,
-                                   const Deadline &deadline, std::unique_ptr<DeviceEngine> *engine);
+mep_status_t device_engine_by_nccl(const std::shared_ptr<Device> &device, const Nccl &nccl,
+                                   int rank, const std::vector<bool> &far,
+                                   const AllGather &all_gather, const Deadline &deadline,
+                                   std::unique_ptr<DeviceEngine> *engine);
 
 }  // namespace ep

@@ -15,7 +15,7 @@ class HostedEngine : public DeviceEngine {
     mep_status_t allocate(size_t bytes, std::shared_ptr<char> *memory) override {
         return allocate_boxes(device_, bytes, memory);
     }
-    mep_status_t exchange(const Round &round, const std::vector<Exchange> &exchanges,
+    mep_status_t exchange(void *, const Round &round, const std::vector<Exchange> &exchanges,
                           const Queue &queue) override {
         EP_TRY(device_->wait(queue.stream));
         std::vector<int32_t> active(exchanges.size());

@@ -123,7 +123,6 @@ const char *nccl_name(const RankFacts &rank) {
 // "" if it carries rows of the group, or "why not; ".
 std::string why_not_nccl(const GroupFacts &facts) {
     const RankFacts &first = facts.ranks[0];
-    if (first.backend == MEP_BACKEND_CPU) return "CPU ranks have none; ";
     const std::string name = nccl_name(first);
     for (int rank = 0; rank < facts.rank_count(); ++rank)
         if (facts.ranks[rank].nccl != first.nccl || first.nccl == 0)
@@ -150,13 +149,13 @@ void choose_engine(GroupFacts *facts) {
     }
     facts->engine = static_cast<EngineKind>(first.engine);
     if (facts->engine != kEngineTcp) return;
-    const std::string no_nccl = why_not_nccl(*facts);
-    if (no_nccl.empty()) {
+    facts->no_nccl = first.backend == MEP_BACKEND_CPU ? "" : why_not_nccl(*facts);
+    if (first.backend != MEP_BACKEND_CPU && facts->no_nccl.empty()) {
         facts->engine = kEngineNccl;
     } else if (!one_host && !addresses) {
         facts->engine = kEngineNone;
-        facts->no_engine = (first.backend == MEP_BACKEND_CPU ? "" : no_nccl) +
-                           "TCP carries rows if MOONCAKE_EP_TCP_ADDRESS is set on every rank";
+        facts->no_engine =
+            facts->no_nccl + "TCP carries rows if MOONCAKE_EP_TCP_ADDRESS is set on every rank";
     }
 }
 
@@ -172,7 +171,7 @@ namespace {
 std::string engine_name(const GroupFacts &facts) {
     switch (facts.engine) {
         case kEngineTcp:
-            return "by TCP: ";
+            return "by TCP: " + facts.no_nccl;
         case kEngineNccl:
             return std::string("by ") + nccl_name(facts.ranks[0]) + ": ";
         case kEngineCallerOnStream:

@@ -59,7 +59,8 @@ struct GroupFacts {
     std::vector<Access> access;       // [from][to] from the rank's device to the peer's memory
     std::vector<Trial> trials;        // [from][to]; empty until they were made
     EngineKind engine = kEngineNone;  // as choose_engine() says
-    std::string no_engine;            // why, if it is that
+    std::string no_nccl;              // why it is not NCCL, if it could be; with "; "
+    std::string no_engine;            // why, if it is kEngineNone
 
     int rank_count() const { return static_cast<int>(ranks.size()); }
     Access access_of(int from, int to) const { return access[size_t(from) * rank_count() + to]; }

@@ -27,8 +27,8 @@ _BARRIER = b"\0"
 class Transport:
     """How a rank reaches a peer.
 
-    kind: MEP_TRANSPORT_*; name: "none", "self", "thread", "shm" or "ipc"; reason: why this one, and
-    why not something faster.
+    kind: MEP_TRANSPORT_*; name: "none", "self", "thread", "shm", "ipc" or "collective"; reason: why
+    this one, and why not something faster.
     """
 
     kind: int
@@ -204,8 +204,9 @@ class Group:
         """Join the ranks of a torch.distributed process group (None: the default one).
 
         Anything goes for which torch.distributed.all_gather_object() works. Where memory is not
-        reached, rows of CPU ranks go by its all_to_all_single(); of GPUs by NCCL or MCCL, or else
-        by TCP, or by its batch_isend_irecv() if its backend is another one for GPUs.
+        reached, rows of CPU ranks go by its isend() and irecv() if it is gloo's or MPI's, otherwise
+        by its all_to_all_single(); of GPUs by NCCL or MCCL, or else by TCP, or, if its backend is
+        another one for GPUs only, by its batch_isend_irecv().
         """
         distributed = importlib.import_module("torch.distributed")
         rank_count = distributed.get_world_size(process_group)

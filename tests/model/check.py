@@ -115,6 +115,8 @@ def check(case: Case) -> tuple[str, str]:
     for words, finding in FINDINGS.items():
         if words in output.replace("invalid end states", ""):
             return finding, states[1]
+    if "not completed" in output:
+        return "unfinished", states[1]
     return HOLDS if errors[1] == "0" else "another error", states[1]
 
 

@@ -666,3 +666,53 @@ def test_torchs_all_to_all_gives_what_mooncakes_fallback_gives(tmp_path: Path) -
     through_memory = run_threads(rounds_where_some_are_far, 2, (False,) * 2)
     reports = run_processes(compare_with_reference, 2, str(tmp_path / "store"))
     check_far(reports, [mine.digest for mine in through_memory])
+
+
+# ---- A rank whose peers are all near ------------------------------------------------------------
+
+
+def round_of_collectives(rank: Rank, store: str) -> list[str]:
+    """Do rounds where only ranks 1 and 2 are far, by a collective that wants all three."""
+    torch = pytest.importorskip("torch")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        "gloo",
+        store=torch.distributed.FileStore(store, rank.rank_count),
+        rank=rank.rank,
+        world_size=rank.rank_count,
+    )
+
+    def all_gather(data: bytes) -> list[bytes]:
+        gathered: list[bytes] = [b""] * rank.rank_count
+        torch.distributed.all_gather_object(gathered, data)
+        return gathered
+
+    def all_to_all(send: list[memoryview], receive: list[memoryview]) -> None:
+        everything: list[list[bytes]] = [[]] * rank.rank_count
+        torch.distributed.all_gather_object(everything, [bytes(part) for part in send])
+        for source, part in enumerate(receive):
+            part[:] = everything[source][rank.rank]
+
+    if rank.rank == 1:
+        os.environ["MOONCAKE_EP_ISLAND_RANKS"] = "2"
+    try:
+        group = ep.Group.from_callback(
+            all_gather, all_to_all, rank=rank.rank, rank_count=rank.rank_count, timeout_s=TIMEOUT_S
+        )
+    finally:
+        os.environ.pop("MOONCAKE_EP_ISLAND_RANKS", None)
+    with group:
+        mine = report(group)
+    torch.distributed.destroy_process_group()
+    return [*mine.transports, mine.digest]
+
+
+def test_a_rank_whose_peers_are_all_near_takes_part_in_the_callers_collectives(
+    tmp_path: Path,
+) -> None:
+    expected = [mine.digest for mine in run_threads(rounds_where_some_are_far, 3, (False,) * 3)]
+    assert run_processes(round_of_collectives, 3, str(tmp_path / "store")) == [
+        ["self", "shm", "shm", expected[0]],
+        ["shm", "self", "collective", expected[1]],
+        ["shm", "collective", "self", expected[2]],
+    ]

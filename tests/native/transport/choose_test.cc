@@ -101,7 +101,8 @@ TEST(Choice, KeepsToIslands) {
             EXPECT_EQ(choose_transport(group.facts, one, other).kind,
                       one / 4 == other / 4 ? MEP_TRANSPORT_IPC : MEP_TRANSPORT_COLLECTIVE);
     EXPECT_EQ(choose_transport(group.facts, 7, 0).reason,
-              "by TCP: the device of rank 0 has no peer access to that of rank 7");
+              "by TCP: not all ranks can load NCCL; the device of rank 0 has no peer access to "
+              "that of rank 7");
     EXPECT_EQ(far_peers(group.facts, 5),
               (std::vector<bool>{true, true, true, true, false, false, false, false}));
     expect_one_answer(group.facts);
@@ -113,7 +114,7 @@ TEST(Choice, SaysHowToOpenTheGate) {
         group.facts.ranks[rank].physical = 3 - rank;
     group.access(0, 2) = Access::kGated;
     EXPECT_EQ(choose_transport(group.facts, 0, 2).reason,
-              "by TCP: GPUs 3-1 of rank 0 and rank 2 are not near; "
+              "by TCP: not all ranks can load MCCL; GPUs 3-1 of rank 0 and rank 2 are not near; "
               "MOONCAKE_EP_MACA_P2P_PAIRS=3-1 or MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 allows them");
     expect_one_answer(group.facts);
 }
@@ -122,7 +123,8 @@ TEST(Choice, NeedsBothDirections) {
     Group group(MEP_BACKEND_CUDA, processes(3, 3));
     group.access(2, 1) = Access::kRefused;
     EXPECT_EQ(choose_transport(group.facts, 1, 2).reason,
-              "by TCP: the device of rank 2 has no peer access to that of rank 1");
+              "by TCP: not all ranks can load NCCL; the device of rank 2 has no peer access to "
+              "that of rank 1");
     EXPECT_EQ(choose_transport(group.facts, 0, 1).kind, MEP_TRANSPORT_IPC);
     expect_one_answer(group.facts);
 }
@@ -155,7 +157,8 @@ TEST(Choice, SaysWhatATrialFound) {
         group.trial(2, 1) = found.trial;
         EXPECT_EQ(choose_transport(group.facts, 1, 2).kind, MEP_TRANSPORT_COLLECTIVE);
         EXPECT_EQ(choose_transport(group.facts, 0, 1).kind, MEP_TRANSPORT_IPC);
-        EXPECT_EQ(choose_transport(group.facts, 1, 2).reason, std::string("by TCP: ") + found.why);
+        EXPECT_EQ(choose_transport(group.facts, 1, 2).reason,
+                  std::string("by TCP: not all ranks can load NCCL; ") + found.why);
         expect_one_answer(group.facts);
     }
 }
@@ -242,7 +245,9 @@ TEST(Choice, TakesNcclIfAllHaveItAndAGpuOfTheirOwn) {
               "they are on different hosts; ranks 0 and 1 share a GPU, which NCCL refuses; " + tcp);
     for (RankFacts &rank : group.facts.ranks)
         std::snprintf(rank.tcp_address, sizeof rank.tcp_address, "10.0.0.1");
-    EXPECT_EQ(reason(), "by TCP: they are on different hosts");
+    EXPECT_EQ(reason(),
+              "by TCP: ranks 0 and 1 share a GPU, which NCCL refuses; they are on "
+              "different hosts");
     for (RankFacts &rank : group.facts.ranks)
         rank.engine = kEngineCallerOnStream;
     EXPECT_EQ(reason(), "by the caller's all_to_all_on_stream: they are on different hosts");

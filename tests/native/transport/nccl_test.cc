@@ -3,6 +3,7 @@
 #include "transport/device_engine.h"
 #include "transport/nccl/fake_stream.h"
 
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <dlfcn.h>
@@ -130,9 +131,10 @@ class Member {
         const auto gather = [this](const void *send, void *receive, size_t bytes) {
             return mep_group_all_gather(group_, send, receive, bytes);
         };
-        status = device_engine_by_nccl(&device_, nccl, rank, far, gather, Deadline(timeout_us),
-                                       &engine_);
+        status =
+            device_engine_by_nccl(device_, nccl, rank, far, gather, Deadline(timeout_us), &engine_);
         if (status != MEP_OK) return;
+        EXPECT_EQ(engine_->open(&channel_), MEP_OK);
         EXPECT_EQ(engine_->allocate(kBytes * ranks, &outbox_), MEP_OK);
         EXPECT_EQ(engine_->allocate(kBytes * ranks, &inbox_), MEP_OK);
         for (int peer = 0; peer < ranks; ++peer)
@@ -144,6 +146,7 @@ class Member {
         stream_.wait();
         outbox_.reset();
         inbox_.reset();
+        if (engine_ != nullptr) engine_->close(channel_);
         engine_.reset();
         mep_group_destroy(group_);
     }
@@ -171,7 +174,7 @@ class Member {
             if (peer != rank_)
                 exchanges[peer] = {outbox_.get() + kBytes * peer, inbox_.get() + kBytes * peer,
                                    kBytes};
-        EXPECT_EQ(engine_->exchange(round, exchanges, queue), MEP_OK) << mep_last_error();
+        EXPECT_EQ(engine_->exchange(channel_, round, exchanges, queue), MEP_OK) << mep_last_error();
     }
     // What came, as kernels behind it would find it.
     void expect_received(int number) {
@@ -195,11 +198,12 @@ class Member {
 
   private:
     const int rank_, ranks_;
-    StreamedDevice device_;
+    const std::shared_ptr<Device> device_ = std::make_shared<StreamedDevice>();
     FakeStream stream_;
     std::vector<int32_t> active_, box_of_;
     mep_group_t *group_;
     std::unique_ptr<DeviceEngine> engine_;
+    void *channel_ = nullptr;
     std::shared_ptr<char> outbox_, inbox_;
 };
 
@@ -339,8 +343,42 @@ TEST(NcclEngine, IsNotMadeWithoutAllRanks) {
         Nccl refused = fake();
         if (rank == 1)
             refused.init_rank = [](Nccl::Communicator **, int, Nccl::UniqueId, int) { return 3; };
-        Member member(meeting, refused, rank, 2, kTimeoutUs);
+        const Member member(meeting, refused, rank, 2, kTimeoutUs);
         EXPECT_EQ(member.status, rank == 0 ? MEP_TIMEOUT : MEP_SYSTEM_ERROR);
+    });
+}
+
+// When all that made it is gone.
+std::atomic<bool> may_come{false};
+std::atomic<int> came{0};
+
+TEST(NcclEngine, MayComeTooLateToBeMade) {
+    static Nccl late = fake();
+    late.init_rank = [](Nccl::Communicator **communicator, int ranks, Nccl::UniqueId id, int rank) {
+        while (!may_come)
+            std::this_thread::yield();
+        const int result = fake().init_rank(communicator, ranks, id, rank);
+        ++came;
+        return result;
+    };
+    run(2, [&](Meeting *meeting, int rank) {
+        const Member member(meeting, late, rank, 2, kTimeoutUs);
+        EXPECT_EQ(member.status, MEP_TIMEOUT);
+    });
+    may_come = true;
+    while (came < 2)
+        std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));  // what it does then, it does now
+}
+
+TEST(NcclEngine, FailsOnAllRanksIfOneIsNotReady) {
+    run(2, [&](Meeting *meeting, int rank) {
+        Nccl unready = fake();
+        if (rank == 0) unready.get_unique_id = [](Nccl::UniqueId *) { return 3; };
+        const auto began = Clock::now();
+        const Member member(meeting, unready, rank, 2, kLongUs);
+        EXPECT_EQ(member.status, MEP_SYSTEM_ERROR);
+        EXPECT_LT(Clock::now() - began, std::chrono::seconds(10));
     });
 }
 
