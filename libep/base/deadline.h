@@ -9,13 +9,19 @@ namespace ep {
 constexpr int64_t kTimeoutDefaultUs = 100'000'000;
 constexpr int64_t kTimeoutNever = -1;
 
+// A timeout of more than thirty years is none; its nanoseconds might not fit 64 bits.
+constexpr int64_t kTimeoutMaxUs = 1'000'000'000'000'000;
+constexpr bool is_never(int64_t timeout_us) {
+    return timeout_us < 0 || timeout_us > kTimeoutMaxUs;
+}
+
 class Deadline {
   public:
     using Clock = std::chrono::steady_clock;
 
     // `timeout_us` from now; kTimeoutNever: no deadline.
     explicit Deadline(int64_t timeout_us)
-        : never_(timeout_us < 0),
+        : never_(is_never(timeout_us)),
           timeout_us_(timeout_us),
           end_(never_ ? Clock::time_point::max()
                       : Clock::now() + std::chrono::microseconds(timeout_us)) {}

@@ -31,7 +31,8 @@ mep_status_t read_struct(T *ours, const T *theirs, const char *name) {
     if (theirs == nullptr) return fail(MEP_INVALID_ARGUMENT, "%s is NULL", name);
     uint32_t size = 0;
     std::memcpy(&size, theirs, sizeof size);
-    if (size < sizeof size)
+    // No version ends in the middle of a field: half of a pointer is not taken for one.
+    if (size < sizeof size || size % alignof(T) != 0)
         return fail(MEP_INVALID_ARGUMENT, "%s.struct_size is %u; set it to sizeof the struct", name,
                     size);
     const auto *bytes = reinterpret_cast<const unsigned char *>(theirs);

@@ -289,7 +289,7 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
                      ints(at.rows),
                      reinterpret_cast<float *>(memory + at.weights)};
     round.active = active == nullptr ? own_active() : active;
-    round.timeout_ns = timeout < 0 ? Round::kNever : uint64_t(timeout) * 1000;
+    round.timeout_ns = is_never(timeout) ? Round::kNever : uint64_t(timeout) * 1000;
     round.hidden = shape_.config.hidden;
     round.far = collective_.far();
     return round;

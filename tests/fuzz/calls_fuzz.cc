@@ -56,6 +56,11 @@ class Arrays {
         tensor.byte_offset = rarely() ? input_.ConsumeIntegralInRange(0, 64) : 0;
         return &tensor;
     }
+    // Of a struct: as it is, or of an older version of the header.
+    uint32_t size(size_t bytes) {
+        return static_cast<uint32_t>(rarely() ? input_.ConsumeIntegralInRange<size_t>(0, bytes)
+                                              : bytes);
+    }
     bool rarely() { return input_.ConsumeIntegralInRange(0, 15) == 1; }
     int64_t number() {
         return input_.ConsumeBool()
@@ -76,7 +81,7 @@ class Arrays {
 
 mep_buffer_config_t config_of(Arrays *arrays) {
     mep_buffer_config_t config{};
-    config.struct_size = arrays->rarely() ? uint32_t(arrays->number()) : sizeof config;
+    config.struct_size = arrays->size(sizeof config);
     config.token_count_max = arrays->rarely() ? int32_t(arrays->number()) : kTokens;
     config.hidden = arrays->rarely() ? int32_t(arrays->number()) : kHidden;
     config.expert_count = arrays->rarely() ? int32_t(arrays->number()) : kExperts;
@@ -92,10 +97,10 @@ mep_buffer_config_t config_of(Arrays *arrays) {
 void configure(Arrays *arrays) {
     const mep_buffer_config_t config = config_of(arrays);
     mep_buffer_sizes_t sizes{};
-    sizes.struct_size = arrays->rarely() ? uint32_t(arrays->number()) : sizeof sizes;
+    sizes.struct_size = arrays->size(sizeof sizes);
     told(mep_buffer_query_sizes(&config, arrays->rarely() ? int32_t(arrays->number()) : 1, &sizes));
     mep_group_config_t group_config{};
-    group_config.struct_size = arrays->rarely() ? uint32_t(arrays->number()) : sizeof group_config;
+    group_config.struct_size = arrays->size(sizeof group_config);
     group_config.rank = arrays->rarely() ? int32_t(arrays->number()) : 0;
     group_config.rank_count = arrays->rarely() ? int32_t(arrays->number()) : 1;
     group_config.backend = arrays->rarely() ? int32_t(arrays->number()) : 0;
@@ -146,14 +151,12 @@ void call(FuzzedDataProvider *input, Arrays *arrays) {
     const uint8_t code = fp32 ? MEP_TYPE_FLOAT : MEP_TYPE_BFLOAT, bits = fp32 ? 32 : 16;
     const int64_t tokens = input->ConsumeIntegralInRange(0, kTokens), rows = kTokens;
     mep_dispatch_args_t args{};
-    args.struct_size = arrays->rarely() ? uint32_t(arrays->number()) : sizeof args;
+    args.struct_size = arrays->size(sizeof args);
     args.phases = arrays->rarely() ? uint32_t(arrays->number()) : 0;
     args.x = arrays->any(code, bits, {tokens, kHidden});
     args.topk_idx = arrays->any(MEP_TYPE_INT, input->ConsumeBool() ? 64 : 32, {tokens, kTopk});
-    if (input->ConsumeBool())
-        args.topk_weights = arrays->any(MEP_TYPE_FLOAT, 32, {tokens, kTopk});
-    if (arrays->rarely())
-        args.x_scales = arrays->any(MEP_TYPE_FLOAT, 32, {tokens, kHidden / 128});
+    if (input->ConsumeBool()) args.topk_weights = arrays->any(MEP_TYPE_FLOAT, 32, {tokens, kTopk});
+    if (arrays->rarely()) args.x_scales = arrays->any(MEP_TYPE_FLOAT, 32, {tokens, kHidden / 128});
     args.out_x = arrays->any(quant ? uint8_t(MEP_TYPE_FLOAT8_E4M3FN) : code,
                              quant ? uint8_t(8) : bits, {kExperts, rows, kHidden});
     if (quant || arrays->rarely())
@@ -166,11 +169,10 @@ void call(FuzzedDataProvider *input, Arrays *arrays) {
     args.timeout_us = arrays->rarely() ? arrays->number() : 0;
     const mep_status_t dispatched = told(mep_dispatch(objects->buffer, objects->handle, &args));
     mep_combine_args_t back{};
-    back.struct_size = arrays->rarely() ? uint32_t(arrays->number()) : sizeof back;
+    back.struct_size = arrays->size(sizeof back);
     back.phases = arrays->rarely() ? uint32_t(arrays->number()) : 0;
     back.x = arrays->any(code, bits, {kExperts, rows, kHidden});
-    if (input->ConsumeBool())
-        back.topk_weights = arrays->any(MEP_TYPE_FLOAT, 32, {tokens, kTopk});
+    if (input->ConsumeBool()) back.topk_weights = arrays->any(MEP_TYPE_FLOAT, 32, {tokens, kTopk});
     back.out = arrays->any(code, bits, {tokens, kHidden});
     const mep_status_t combined = told(mep_combine(objects->buffer, objects->handle, &back));
     const bool halves = (dispatched == MEP_OK && args.phases == MEP_PHASE_SEND) ||

@@ -27,7 +27,7 @@ ep::RankFacts rank_of(FuzzedDataProvider *input) {
         rank.tcp_address[0] = input->ConsumeBool() ? 'a' : '\0';
     } else {
         const std::vector<uint8_t> bytes = input->ConsumeBytes<uint8_t>(sizeof rank);
-        std::memcpy(&rank, bytes.data(), bytes.size());
+        if (!bytes.empty()) std::memcpy(&rank, bytes.data(), bytes.size());
     }
     // As Group::gather_facts does.
     rank.host[sizeof rank.host - 1] = rank.tcp_address[sizeof rank.tcp_address - 1] = '\0';

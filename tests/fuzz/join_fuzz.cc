@@ -52,9 +52,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     constexpr int64_t kTimeoutUs = 3000;
     mep_unique_id_t id{};
     if (mep_unique_id_create(nullptr, &id) != MEP_OK) std::abort();
-    std::thread stranger([port = listening_port(), data, size] {
-        send_as_stranger(port, data, size);
-    });
+    std::thread stranger(
+        [port = listening_port(), data, size] { send_as_stranger(port, data, size); });
     mep_group_config_t config{};
     config.struct_size = sizeof config;
     config.rank_count = 2;

@@ -29,8 +29,8 @@ void apply(mep_status_t (*parse)(std::string_view, ep::SmiMatrix *), std::string
     if (parse(text, &matrix) != MEP_OK) return;
     ep::Topology topology;
     for (int gpu = 0; gpu < matrix.gpu_count; ++gpu)
-        topology.gpus.push_back({matrix.vendor, "", "pci0000:00/0000:00:0" + std::to_string(gpu % 8) +
-                                                        ".0",
+        topology.gpus.push_back({matrix.vendor, "",
+                                 "pci0000:00/0000:00:0" + std::to_string(gpu % 8) + ".0",
                                  ep::kNumaNodeUnknown});
     if (ep::apply_smi(matrix, &topology) == MEP_OK) load(ep::save_topology(topology));
 }

@@ -305,6 +305,20 @@ TEST_F(Api, MasksALateRankInTheCallersArray) {
         });
 }
 
+// In nanoseconds it would be 0 in 64 bits.
+TEST_F(Api, ATimeoutOfManyThousandYearsIsNone) {
+    const mep_buffer_config_t config = buffer_config(2);
+    run_buffers(2, config, [&](const Group &, const Buffer &buffer, int rank) {
+        const Handle handle = make_handle(buffer);
+        const Plan plan = Plan::of(config, 2, 170);
+        Share share(plan, rank);
+        mep_dispatch_args_t args = share.dispatch_args(0);
+        args.timeout_us = int64_t{1} << 61;
+        if (rank == 1) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+        EXPECT_EQ(test::dispatch(buffer, handle, args), MEP_OK) << mep_last_error();
+    });
+}
+
 TEST_F(Api, ReportsALateRankOnceAndGoesOnWithoutIt) {
     ONLY_ON_THE_CPU("a call on a GPU returns before anybody can be late");
     expect_warnings();

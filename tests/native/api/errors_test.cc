@@ -420,6 +420,17 @@ TEST_F(Refused, NoArgsAtAll) {
                    {"args is NULL"});
 }
 
+// Half of the pointer at the end would be taken for one.
+TEST_F(Refused, ArgsThatEndInsideAField) {
+    const Alone alone(1);
+    const Handle handle = make_handle(alone.buffer);
+    Share share(alone.plan, 0);
+    mep_dispatch_args_t args = share.dispatch_args(0);
+    args.struct_size = offsetof(mep_dispatch_args_t, out_src_info) + 4;
+    expect_refused(mep_dispatch(alone.buffer.get(), handle.get(), &args), MEP_INVALID_ARGUMENT,
+                   {"args.struct_size is"});
+}
+
 TEST_F(Refused, HandleOfAnotherBuffer) {
     const Alone alone(1), other(1);
     const Handle handle = make_handle(alone.buffer), foreign = make_handle(other.buffer);
