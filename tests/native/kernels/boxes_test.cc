@@ -14,19 +14,6 @@
 namespace ep::test {
 namespace {
 
-Rig rig_of(Weights weights) {
-    Rig rig;
-    rig.far = true;
-    rig.ranks = 3;
-    rig.experts = 6;
-    rig.tokens_max = 5;
-    rig.topk = 3;
-    rig.weights = weights;
-    rig.threads = 2;
-    rig.timeout_ns = 50'000'000;
-    return rig;
-}
-
 class Exchanged {
   public:
     Exchanged(Fleet *fleet, bool in_halves) : fleet_(fleet), in_halves_(in_halves) {}
@@ -95,11 +82,11 @@ void expect_rounds_are_right(const Rig &rig, uint64_t seed, bool in_halves) {
 TEST(Boxes, CarryRounds) {
     for (const Weights weights : {Weights::kAtDispatch, Weights::kAtCombine, Weights::kNone})
         for (const bool in_halves : {false, true})
-            expect_rounds_are_right(rig_of(weights), 10, in_halves);
+            expect_rounds_are_right(rig_of_far_ranks(weights), 10, in_halves);
 }
 
 TEST(Boxes, CarryFp8WithItsScales) {
-    Rig rig = rig_of(Weights::kAtDispatch);
+    Rig rig = rig_of_far_ranks(Weights::kAtDispatch);
     rig.quant = Quant::kFp8;
     rig.hidden = 640;  // the scales are no whole vector
     rig.fp32_partials = true;
@@ -109,7 +96,7 @@ TEST(Boxes, CarryFp8WithItsScales) {
 
 // The second round goes through the boxes before the first is received from the window.
 TEST(Boxes, AreFreeForTheNextRoundOnceDelivered) {
-    Fleet fleet(rig_of(Weights::kAtDispatch));
+    Fleet fleet(rig_of_far_ranks(Weights::kAtDispatch));
     Exchanged exchanged(&fleet, true);
     Round first = fleet.round(30), second = fleet.round(31);
     exchanged.send_dispatch(&first);
@@ -127,7 +114,7 @@ TEST(Boxes, AreFreeForTheNextRoundOnceDelivered) {
 // As after an exchange that was given up: what came of it is not looked at, whole or not.
 TEST(Boxes, OfMaskedPeersAreNotLookedAt) {
     for (const bool in_halves : {false, true}) {
-        Rig rig = rig_of(Weights::kAtDispatch);
+        Rig rig = rig_of_far_ranks(Weights::kAtDispatch);
         rig.timeout_ns = 30'000'000'000;  // a wait for them would be seen
         Fleet fleet(rig);
         Round round = fleet.round(40, {rig.tokens_max, rig.tokens_max, rig.tokens_max});
@@ -159,7 +146,7 @@ TEST(Boxes, OfMaskedPeersAreNotLookedAt) {
 
 TEST(Boxes, AreWatchedByTheHost) {
     constexpr uint64_t kRounds = 3;
-    Fleet fleet(rig_of(Weights::kAtDispatch));
+    Fleet fleet(rig_of_far_ranks(Weights::kAtDispatch));
     Round round = fleet.round(50);
     Task &task = round.tasks[1];
     Watch watch{};

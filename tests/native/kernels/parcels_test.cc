@@ -17,19 +17,6 @@ constexpr int kRounds = 2;  // a launch starts hundreds of threads
 constexpr int kRounds = 3;
 #endif
 
-Rig rig_of(Weights weights) {
-    Rig rig;
-    rig.far = true;
-    rig.ranks = 3;
-    rig.experts = 6;
-    rig.tokens_max = 5;
-    rig.topk = 3;
-    rig.weights = weights;
-    rig.threads = 2;
-    rig.timeout_ns = 50'000'000;
-    return rig;
-}
-
 using Parcels = Fleet::Parcels;
 using Change = void (*)(std::mt19937_64 *random, Cargo cargo, Parcels *parcels);
 
@@ -77,11 +64,11 @@ void expect_rounds_are_right(const Rig &rig, uint64_t seed) {
 
 TEST(Parcels, CarryRounds) {
     for (const Weights weights : {Weights::kAtDispatch, Weights::kAtCombine, Weights::kNone})
-        expect_rounds_are_right(rig_of(weights), 10);
+        expect_rounds_are_right(rig_of_far_ranks(weights), 10);
 }
 
 TEST(Parcels, CarryFp8WithItsScales) {
-    Rig rig = rig_of(Weights::kAtDispatch);
+    Rig rig = rig_of_far_ranks(Weights::kAtDispatch);
     rig.quant = Quant::kFp8;
     rig.hidden = 640;  // the scales are no whole vector
     rig.fp32_partials = true;
@@ -89,7 +76,7 @@ TEST(Parcels, CarryFp8WithItsScales) {
 }
 
 TEST(Parcels, CarryOnlyTheTokensThatGoThere) {
-    Rig rig = rig_of(Weights::kAtDispatch);
+    Rig rig = rig_of_far_ranks(Weights::kAtDispatch);
     rig.topk = 1;
     Fleet fleet(rig);
     Round round = fleet.round(30, {rig.tokens_max, 0, 0});
@@ -128,7 +115,7 @@ TEST(Parcels, OfAPeerReachNothingButItsOwnRows) {
 #endif
     uint64_t found = 0;
     for (int seed = 0; seed < kSeeds; ++seed) {
-        Rig rig = rig_of(seed % 2 == 0 ? Weights::kAtDispatch : Weights::kAtCombine);
+        Rig rig = rig_of_far_ranks(seed % 2 == 0 ? Weights::kAtDispatch : Weights::kAtCombine);
         rig.timeout_ns = 1'000'000;
         Fleet fleet(rig);
         std::mt19937_64 random(seed);

@@ -66,6 +66,20 @@ struct Rig {
     }
 };
 
+// Three ranks that reach no memory of each other.
+inline Rig rig_of_far_ranks(Weights weights) {
+    Rig rig;
+    rig.far = true;
+    rig.ranks = 3;
+    rig.experts = 6;
+    rig.tokens_max = 5;
+    rig.topk = 3;
+    rig.weights = weights;
+    rig.threads = 2;
+    rig.timeout_ns = 50'000'000;
+    return rig;
+}
+
 inline std::ostream &operator<<(std::ostream &out, const Rig &s) {
     return out << "R" << s.ranks << " E" << s.experts << " M" << s.tokens_max << " K" << s.topk
                << " H" << s.hidden << " type" << int(s.type) << " quant" << int(s.quant)

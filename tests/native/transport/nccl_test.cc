@@ -1,5 +1,6 @@
 // The engine of device memory by NCCL, over a fake one and streams that are threads.
 #include "backend/backend.h"
+#include "support/forwarding_device.h"
 #include "transport/device_engine.h"
 #include "transport/nccl/fake_stream.h"
 
@@ -16,11 +17,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // The CPU's device, whose kernels run when their turn comes on a stream.
-class StreamedDevice : public Device {
+class StreamedDevice : public ForwardingDevice {
   public:
-    StreamedDevice() {
-        EXPECT_EQ(kCpuBackend.create_device(0, &device_), MEP_OK);
-        kernels_ = device_->kernels();
+    StreamedDevice() : kernels_(device_->kernels()) {
         kernels_.watch = [](const WatchArgs &args, const Queue &queue) {
             static_cast<FakeStream *>(queue.stream)->push([args] {
                 std::shared_ptr<Device> cpu;
@@ -34,60 +33,15 @@ class StreamedDevice : public Device {
             return 0;
         };
     }
-    mep_status_t create_window(size_t bytes, Sharing sharing,
-                               std::unique_ptr<Window> *window) override {
-        return device_->create_window(bytes, sharing, window);
-    }
-    mep_status_t open_window(const WindowHandle &handle,
-                             std::shared_ptr<Mapping> *mapping) override {
-        return device_->open_window(handle, mapping);
-    }
     const Kernels &kernels() const override { return kernels_; }
-    mep_status_t allocate(size_t bytes, DeviceMemory *memory) override {
-        return device_->allocate(bytes, memory);
-    }
-    mep_status_t allocate_shared(size_t bytes, DeviceMemory *memory) override {
-        return device_->allocate_shared(bytes, memory);
-    }
-    mep_status_t clear(void *device, size_t bytes) override {
-        return device_->clear(device, bytes);
-    }
     mep_status_t wait(void *stream) override {
         static_cast<FakeStream *>(stream)->wait();
         return MEP_OK;
     }
-    bool is_capturing(void *) const override { return false; }
-    // A word at a time, as a kernel may look at it.
-    mep_status_t write(void *device, const void *host, size_t bytes) override {
-        for (size_t at = 0; at < bytes; at += sizeof(uint64_t)) {
-            uint64_t word = 0;
-            std::memcpy(&word, static_cast<const char *>(host) + at, sizeof word);
-            __atomic_store_n(reinterpret_cast<uint64_t *>(static_cast<char *>(device) + at), word,
-                             __ATOMIC_RELEASE);
-        }
-        return MEP_OK;
-    }
-    mep_status_t read(void *host, const void *device, size_t bytes) override {
-        return device_->read(host, device, bytes);
-    }
-    mep_status_t peek(void *host, const void *device, size_t bytes) override {
-        return device_->peek(host, device, bytes);
-    }
-    Access access(const DeviceUuid &) const override { return Access::kRefused; }
     void *set_up_stream() const override { return &set_up_; }
-    std::string pci_address() const override { return ""; }
-    const char *no_quant_reason() const override { return ""; }
-    bool reaches(mep_device_t device) const override { return device_->reaches(device); }
     bool is_synchronous() const override { return false; }
-    DeviceUuid uuid() const override { return {}; }
-    bool delivers_lines(const DeviceUuid &) const override { return false; }
-    int block_count() const override { return 0; }
-    int enter() override { return 0; }
-    void leave(int) override {}
-    mep_status_t launch_status(int) const override { return MEP_OK; }
 
   private:
-    std::shared_ptr<Device> device_;
     Kernels kernels_;
     mutable FakeStream set_up_;
 };

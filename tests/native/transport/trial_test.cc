@@ -3,6 +3,7 @@
 
 #include "backend/backend.h"
 #include "base/status.h"
+#include "support/forwarding_device.h"
 
 #include <gtest/gtest.h>
 
@@ -12,11 +13,9 @@ namespace {
 enum class Fault { kNone, kSharesNothing, kMapsNothing, kStoresElsewhere };
 
 // The CPU's device, with a fault.
-class FaultyDevice : public Device {
+class FaultyDevice : public ForwardingDevice {
   public:
-    explicit FaultyDevice(Fault fault) : fault_(fault) {
-        EXPECT_EQ(kCpuBackend.create_device(0, &device_), MEP_OK);
-    }
+    explicit FaultyDevice(Fault fault) : fault_(fault) {}
     mep_status_t create_window(size_t bytes, Sharing sharing,
                                std::unique_ptr<Window> *window) override {
         if (fault_ == Fault::kSharesNothing) return fail(MEP_SYSTEM_ERROR, "no shared memory");
@@ -31,43 +30,9 @@ class FaultyDevice : public Device {
         *mapping = window->mapping();
         return MEP_OK;
     }
-    const Kernels &kernels() const override { return device_->kernels(); }
-    mep_status_t allocate(size_t bytes, DeviceMemory *memory) override {
-        return device_->allocate(bytes, memory);
-    }
-    mep_status_t allocate_shared(size_t bytes, DeviceMemory *memory) override {
-        return device_->allocate_shared(bytes, memory);
-    }
-    mep_status_t clear(void *device, size_t bytes) override {
-        return device_->clear(device, bytes);
-    }
-    mep_status_t wait(void *stream) override { return device_->wait(stream); }
-    bool is_capturing(void *stream) const override { return device_->is_capturing(stream); }
-    mep_status_t write(void *device, const void *host, size_t bytes) override {
-        return device_->write(device, host, bytes);
-    }
-    mep_status_t read(void *host, const void *device, size_t bytes) override {
-        return device_->read(host, device, bytes);
-    }
-    mep_status_t peek(void *host, const void *device, size_t bytes) override {
-        return device_->peek(host, device, bytes);
-    }
-    Access access(const DeviceUuid &) const override { return Access::kSame; }
-    void *set_up_stream() const override { return nullptr; }
-    std::string pci_address() const override { return ""; }
-    const char *no_quant_reason() const override { return ""; }
-    bool reaches(mep_device_t device) const override { return device_->reaches(device); }
-    bool is_synchronous() const override { return true; }
-    DeviceUuid uuid() const override { return {}; }
-    bool delivers_lines(const DeviceUuid &) const override { return false; }
-    int block_count() const override { return 0; }
-    int enter() override { return 0; }
-    void leave(int) override {}
-    mep_status_t launch_status(int) const override { return MEP_OK; }
 
   private:
     const Fault fault_;
-    std::shared_ptr<Device> device_;
 };
 
 // All ranks' steps, one rank after the other; [from][to].
