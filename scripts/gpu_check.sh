@@ -78,10 +78,19 @@ api() {
         tests/python/test_rounds.py tests/python/test_quant.py tests/python/test_buffer.py
 }
 
+# torch's NCCL, where the system has none.
+find_nccl() {
+    local found
+    found=$(python3 -c 'import glob, nvidia
+print(*(f for p in nvidia.__path__ for f in glob.glob(p + "/nccl/lib/libnccl.so*")))') || return 0
+    [ -z "$found" ] || export MOONCAKE_EP_NCCL_LIBRARY="${MOONCAKE_EP_NCCL_LIBRARY:-${found%% *}}"
+}
+
 # The same where no memory of a peer is reached, by NCCL, or of more ranks than GPUs through host memory; and where only
 # pairs of ranks reach each other's.
 far() {
-    use_python_package && MOONCAKE_EP_ISLAND_RANKS=2 "$DIR/native/tests/native/api_cuda_test" &&
+    use_python_package && find_nccl && MOONCAKE_EP_ISLAND_RANKS=2 "$DIR/native/tests/native/api_cuda_test" &&
+        "$DIR/native/tests/native/gpu_test" --gtest_filter='*ByNccl' &&
         export MOONCAKE_EP_DISABLE_P2P=1 && "$DIR/native/tests/native/api_cuda_test" &&
         python3 -m pytest -q --backend cuda tests/python/test_dispatch.py tests/python/test_rounds.py
 }
