@@ -402,6 +402,14 @@ MEP_API void mep_group_destroy(mep_group_t *group);
 MEP_API mep_status_t mep_group_query(const mep_group_t *group, mep_group_info_t *info);
 
 /**
+ * Change how long calls wait for another rank, in all buffers of the group: those that bring no
+ * timeout of their own, also those that are captured in graphs, and waits that are under way (but
+ * for rows that do not go through memory). timeout_us: 0: 100 s; -1: never. Ranks may differ.
+ * Local, from any thread; does not wait for the device.
+ */
+MEP_API mep_status_t mep_group_set_timeout(mep_group_t *group, int64_t timeout_us);
+
+/**
  * Which transport reaches rank `peer`, and why. All ranks compute it from the same facts. Local.
  */
 MEP_API mep_status_t mep_group_query_transport(const mep_group_t *group, int32_t peer,
@@ -523,6 +531,71 @@ MEP_API mep_status_t mep_buffer_query(const mep_buffer_t *buffer, mep_buffer_inf
 /** Read the counters. Local; on a GPU it waits for the device. */
 MEP_API mep_status_t mep_buffer_query_counters(const mep_buffer_t *buffer,
                                                mep_buffer_counters_t *counters);
+
+/** What a buffer has counted of one peer, or of its own rank, since its creation. */
+typedef struct mep_peer_counters {
+    uint32_t struct_size;
+    uint32_t reserved;
+    uint64_t rows_sent;     /**< by dispatch; a token at two experts there is two rows */
+    uint64_t rows_received; /**< by dispatch, as the peer's counts say */
+    /**
+     * In microseconds: how long this rank was ready and the peer was not, in dispatch until its
+     * counts came and in combine until it began. The rank that all others wait for is a straggler.
+     * Not of peers whose rows do not go through memory.
+     */
+    uint64_t waited_us;
+} mep_peer_counters_t;
+
+/**
+ * Read them. Local; does not wait for the device, so a call under way may be half counted.
+ * Errors: MEP_INVALID_ARGUMENT.
+ */
+MEP_API mep_status_t mep_buffer_query_peer(const mep_buffer_t *buffer, int32_t peer,
+                                           mep_peer_counters_t *counters);
+
+/**
+ * Rows that each expert of this rank has received since the buffer's creation: rows[0 .. count),
+ * for load balancers. Local; does not wait for the device.
+ * Errors: MEP_INVALID_ARGUMENT (count is not L).
+ */
+MEP_API mep_status_t mep_buffer_query_expert_rows(const mep_buffer_t *buffer, uint64_t *rows,
+                                                  int32_t count);
+
+/** What a call was waiting for when it masked a peer. */
+enum {
+    MEP_WAIT_COUNTS = 1,  /**< dispatch: how many tokens the peer sends */
+    MEP_WAIT_ROWS = 2,    /**< dispatch: a token */
+    MEP_WAIT_WEIGHTS = 3, /**< combine: weights that come with it */
+    MEP_WAIT_SUMS = 4,    /**< combine: a sum */
+    MEP_WAIT_BEGIN = 5,   /**< combine: that the peer has begun */
+    MEP_WAIT_FENCE = 6,   /**< either: that the peer has sent */
+    MEP_WAIT_EXCHANGE = 7 /**< either: rows that do not go through memory */
+};
+
+/** Why. */
+enum {
+    MEP_EVENT_LATE = 1, /**< it missed the deadline, or its connection was lost */
+    MEP_EVENT_LIMIT = 2 /**< what came breaks a limit */
+};
+
+/** A peer was masked. */
+typedef struct mep_event {
+    int32_t peer;
+    int32_t phase;  /**< MEP_WAIT_* */
+    int32_t reason; /**< MEP_EVENT_* */
+    int32_t reserved;
+    uint64_t round;    /**< of the buffer's dispatches, or its combines, from 1 on */
+    int64_t waited_us; /**< 0 for a limit */
+} mep_event_t;
+
+/**
+ * Read which peers were masked, and why, by any call on the buffer: the events behind *cursor (0:
+ * from the first on), at most `capacity`, and moves *cursor behind them; *count tells how many.
+ * The last 64 are kept. Local; does not wait for the device, so it works while a call waits.
+ * Errors: MEP_INVALID_ARGUMENT.
+ */
+MEP_API mep_status_t mep_buffer_read_events(const mep_buffer_t *buffer, uint64_t *cursor,
+                                            mep_event_t *events, int32_t capacity, int32_t *count);
 
 /* ---- Handle ---------------------------------------------------------------------------------- */
 

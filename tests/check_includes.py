@@ -25,15 +25,15 @@ MAY_INCLUDE: dict[str, set[str]] = {  # layer: the layers it may include, beside
 ONLY = {("core", "kernels"): "kernels/kernels.h"}  # of that layer, this file alone
 WITHOUT_PUBLIC_HEADER = {"device", "kernels", "wire"}
 PUBLIC_HEADER = "mooncake_ep.h"
-PUBLIC_HEADER_LINES_MAX = 700
+PUBLIC_HEADER_LINES_MAX = 850
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^">]+)[">]')
 CONDITION = re.compile(r"^\s*#\s*(?:if|ifdef|ifndef|elif|else)\b")
 
 
 def layer_of(path: Path) -> str:
-    """Name the layer of a file given relative to libep/: its folder, or api for api.cc."""
-    return path.parts[0].split(".")[0]
+    """Name the layer of a file given relative to libep/: its folder."""
+    return path.parts[0]
 
 
 def forbidden(layer: str, quote: str, name: str, libep: Path) -> str | None:

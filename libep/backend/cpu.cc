@@ -148,7 +148,14 @@ class Cpu : public Device {
         return MEP_OK;
     }
     mep_status_t write(void *device, const void *host, size_t bytes) override {
-        std::memcpy(device, host, bytes);
+        uint64_t word;
+        if (bytes != sizeof word) {
+            std::memcpy(device, host, bytes);
+            return MEP_OK;
+        }
+        // At once, as a kernel may be looking.
+        std::memcpy(&word, host, sizeof word);
+        __atomic_store_n(static_cast<uint64_t *>(device), word, __ATOMIC_RELEASE);
         return MEP_OK;
     }
     mep_status_t read(void *host, const void *device, size_t bytes) override {

@@ -46,4 +46,15 @@ class Deadline {
     Clock::time_point end_;
 };
 
+class Stopwatch {
+  public:
+    uint64_t elapsed_ns() const {
+        return std::chrono::duration_cast<std::chrono::nanoseconds>(Deadline::Clock::now() - began_)
+            .count();
+    }
+
+  private:
+    const Deadline::Clock::time_point began_ = Deadline::Clock::now();
+};
+
 }  // namespace ep

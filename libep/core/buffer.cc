@@ -138,6 +138,11 @@ struct Proposal {
     int64_t lines;  // would it send by line?
 };
 
+// For the kernels; 0 is not among them.
+uint64_t timeout_in_ns(int64_t timeout_us) {
+    return is_never(timeout_us) ? Round::kNever : uint64_t(timeout_us) * 1000;
+}
+
 // By line each role has a multiprocessor for itself.
 mep_status_t may_go_by_line(const Group &group, const Shape &shape, int sm_count, bool *lines) {
     long wanted = 0;
@@ -201,6 +206,7 @@ mep_status_t Buffer::create(std::shared_ptr<Group> group, const mep_buffer_confi
     EP_TRY(created->connect(created->windows_.handle()));
     log(MEP_LOG_INFO, "rank %d: window of %zu bytes, %d threads", g.rank(),
         created->shape_.layout.bytes, created->thread_count());
+    g.add(created.get());
     *buffer = std::move(created);
     return MEP_OK;
 }
@@ -215,7 +221,11 @@ mep_status_t Buffer::allocate() {
     EP_TRY(env_integer("MOONCAKE_EP_BULK_COPIES", 0, 1, 1, &bulk));
     may_move_in_bulk_ = bulk != 0;
     EP_TRY(device()->allocate(sizeof(BufferState), &state_));
+    EP_TRY(set_timeout(group_->timeout_us()));
     EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &active_));
+    EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &members_));
+    EP_TRY(device()->allocate(
+        sizeof(PeerCounts) * ranks + sizeof(uint64_t) * layout.local_expert_count, &counts_));
     EP_TRY(
         device()->allocate(sizeof(int32_t) * layout.shape.expert_count *
                                tally_row_count(device()->kernels().chunk_count_max(queue(nullptr))),
@@ -223,6 +233,7 @@ mep_status_t Buffer::allocate() {
     EP_TRY(device()->allocate(sizeof(char *) * ranks, &windows_on_device_));
     active_seen_.assign(ranks, 1);
     EP_TRY(device()->write(active_.get(), active_seen_.data(), sizeof(int32_t) * ranks));
+    EP_TRY(device()->write(members_.get(), active_seen_.data(), sizeof(int32_t) * ranks));
     dispatches.set_limit(shape_.config.rounds_in_flight_max);
     combines.set_limit(shape_.config.rounds_in_flight_max);
     bool shared = false;
@@ -242,9 +253,9 @@ mep_status_t Buffer::connect(const WindowHandle &mine) {
         status = collective_.create(device(), group_->engine(), group_->device_engine(),
                                     shape_.layout, far, group_->engine_wants_all());
     if (status == MEP_OK) {
-        addresses_ = windows_.addresses();
-        status = device()->write(windows_on_device_.get(), addresses_.data(),
-                                 sizeof(char *) * addresses_.size());
+        const std::vector<char *> addresses = windows_.addresses();
+        status = device()->write(windows_on_device_.get(), addresses.data(),
+                                 sizeof(char *) * addresses.size());
     }
     EP_TRY(group_->agree(status));
     windows_.seal();
@@ -263,6 +274,42 @@ mep_status_t Buffer::counters(mep_buffer_counters_t *counters) const {
     return MEP_OK;
 }
 
+mep_status_t Buffer::peer_counters(int peer, mep_peer_counters_t *counters) const {
+    PeerCounts counts;
+    EP_TRY(device()->peek(&counts, peer_counts() + peer, sizeof counts));
+    *counters = {sizeof *counters, 0, counts.rows_sent, counts.rows_received,
+                 counts.waited_ns / 1000};
+    return MEP_OK;
+}
+
+mep_status_t Buffer::expert_rows(std::vector<uint64_t> *rows) const {
+    rows->resize(shape_.layout.local_expert_count);
+    return device()->peek(rows->data(), expert_counts(), sizeof(uint64_t) * rows->size());
+}
+
+mep_status_t Buffer::events(uint64_t *cursor, int count, std::vector<mep_event_t> *events) const {
+    constexpr uint64_t kKept = BufferState::kIncidentsKept;
+    BufferState state;
+    EP_TRY(device()->peek(&state, state_.get(), sizeof state));
+    uint64_t number = *cursor + 1;
+    if (state.incident_count > kKept) number = std::max(number, state.incident_count - kKept + 1);
+    for (; number <= state.incident_count && count > 0; ++number, --count) {
+        const Incident &one = state.incidents[(number - 1) % kKept];
+        if (one.number != number) break;  // it is being written
+        events->push_back({one.peer, static_cast<int32_t>(one.awaited),
+                           one.broke_limit != 0 ? MEP_EVENT_LIMIT : MEP_EVENT_LATE, 0, one.epoch,
+                           static_cast<int64_t>(one.waited_ns / 1000)});
+    }
+    *cursor = number - 1;
+    return MEP_OK;
+}
+
+mep_status_t Buffer::set_timeout(int64_t timeout_us) {
+    const uint64_t timeout_ns = timeout_in_ns(timeout_us);
+    return device()->write(&static_cast<BufferState *>(state_.get())->timeout_ns, &timeout_ns,
+                           sizeof timeout_ns);
+}
+
 Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) const {
     const HandleLayout at = HandleLayout::of(shape_.layout.shape);
     char *memory = static_cast<char *>(handle_memory);
@@ -272,13 +319,10 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
     const auto signals = [memory](size_t offset) {
         return reinterpret_cast<uint64_t *>(memory + offset);
     };
-    const int64_t timeout = timeout_us == 0 ? group_->timeout_us() : timeout_us;
     Round round{};
     round.layout = shape_.layout;
     round.rank = group_->rank();
     round.windows = static_cast<char *const *>(windows_on_device_.get());
-    for (size_t peer = 0; peer < kWindowsAtHand && peer < addresses_.size(); ++peer)
-        round.first_windows[peer] = addresses_[peer];
     round.state = static_cast<BufferState *>(state_.get());
     round.routing = {reinterpret_cast<HandleState *>(memory + at.state),
                      ints(at.choices),
@@ -288,8 +332,11 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
                      ints(at.row_counts),
                      ints(at.rows),
                      reinterpret_cast<float *>(memory + at.weights)};
+    round.members = static_cast<const int32_t *>(members_.get());
     round.active = active == nullptr ? own_active() : active;
-    round.timeout_ns = is_never(timeout) ? Round::kNever : uint64_t(timeout) * 1000;
+    round.peer_counts = peer_counts();
+    round.expert_rows = expert_counts();
+    round.timeout_ns = timeout_us == 0 ? Round::kOfBuffer : timeout_in_ns(timeout_us);
     round.hidden = shape_.config.hidden;
     round.far = collective_.far();
     return round;

@@ -33,6 +33,9 @@ class Buffer {
   public:
     static mep_status_t create(std::shared_ptr<Group> group, const mep_buffer_config_t &config,
                                mep_status_t config_status, std::unique_ptr<Buffer> *buffer);
+    Buffer(const Buffer &) = delete;
+    Buffer &operator=(const Buffer &) = delete;
+    ~Buffer() { group_->remove(this); }
 
     const Group &group() const { return *group_; }
     Device *device() const { return group_->device(); }
@@ -40,6 +43,16 @@ class Buffer {
     int thread_count() const { return workers_->count(); }
     int sm_count() const;  // multiprocessors that a launch may fill; 0 on the CPU
     mep_status_t counters(mep_buffer_counters_t *counters) const;
+
+    // Of one peer, and of the local experts [L]. These, and events(), do not wait for the device.
+    mep_status_t peer_counters(int peer, mep_peer_counters_t *counters) const;
+    mep_status_t expert_rows(std::vector<uint64_t> *rows) const;
+
+    // The masked peers that are noted after the first `*cursor`, at most `count`; advances it.
+    mep_status_t events(uint64_t *cursor, int count, std::vector<mep_event_t> *events) const;
+
+    // Of rounds that bring no timeout, also those that are in graphs.
+    mep_status_t set_timeout(int64_t timeout_us);
 
     // What every round of this buffer knows; `handle_memory` holds the routing.
     Round round(void *handle_memory, int32_t *active, int64_t timeout_us) const;
@@ -62,8 +75,14 @@ class Buffer {
     Buffer()
         : state_(nullptr, nullptr),
           active_(nullptr, nullptr),
+          members_(nullptr, nullptr),
+          counts_(nullptr, nullptr),
           tally_(nullptr, nullptr),
           windows_on_device_(nullptr, nullptr) {}
+    PeerCounts *peer_counts() const { return static_cast<PeerCounts *>(counts_.get()); }
+    uint64_t *expert_counts() const {
+        return reinterpret_cast<uint64_t *>(peer_counts() + group_->rank_count());
+    }
     mep_status_t allocate();
     mep_status_t connect(const WindowHandle &mine);
 
@@ -73,8 +92,8 @@ class Buffer {
     Collective collective_;
     std::unique_ptr<Workers> workers_;
     bool may_move_in_bulk_ = true;
-    std::vector<char *> addresses_;  // of the windows
-    DeviceMemory state_, active_, tally_, windows_on_device_;
+    // counts_: a PeerCounts for each rank, then the rows of each local expert.
+    DeviceMemory state_, active_, members_, counts_, tally_, windows_on_device_;
     std::vector<int32_t> active_seen_;  // own_active() as of the last call
 };
 

@@ -3,9 +3,11 @@
 #include "base/env.h"
 #include "base/log.h"
 #include "base/status.h"
+#include "core/buffer.h"
 #include "transport/gate.h"
 #include "transport/trial.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <utility>
@@ -183,7 +185,7 @@ mep_status_t Group::try_transports(GroupFacts *facts) {
         peers[peer] = sent[size_t(peer) * ranks + rank()] == Trial::kArrived;
     std::vector<uint8_t> heard, heard_by_all;
     const bool soon = timeout_us_ == kTimeoutNever || timeout_us_ > kWaitUs;
-    EP_TRY(agree(trial.listen(peers, Deadline(soon ? kWaitUs : timeout_us_), &heard)));
+    EP_TRY(agree(trial.listen(peers, Deadline(soon ? kWaitUs : timeout_us()), &heard)));
     trial.unmap();  // before any owner frees its window, which it does after this:
     EP_TRY(gather_rows(heard, &heard_by_all));
     for (int from = 0; from < ranks; ++from)
@@ -305,6 +307,25 @@ mep_status_t Group::agree(mep_status_t mine) {
             return fail(all[peer].status, "rank %d: %.*s", peer, int(sizeof verdict.message),
                         all[peer].message);
     return MEP_OK;
+}
+
+mep_status_t Group::set_timeout(int64_t timeout_us) {
+    const int64_t chosen = timeout_us == 0 ? kTimeoutDefaultUs : timeout_us;
+    const std::lock_guard<std::mutex> lock(buffers_mutex_);
+    for (Buffer *buffer : buffers_)
+        EP_TRY(buffer->set_timeout(chosen));
+    timeout_us_ = chosen;
+    return MEP_OK;
+}
+
+void Group::add(Buffer *buffer) {
+    const std::lock_guard<std::mutex> lock(buffers_mutex_);
+    buffers_.push_back(buffer);
+}
+
+void Group::remove(Buffer *buffer) {
+    const std::lock_guard<std::mutex> lock(buffers_mutex_);
+    buffers_.erase(std::remove(buffers_.begin(), buffers_.end(), buffer), buffers_.end());
 }
 
 void Group::leave() {

@@ -12,11 +12,15 @@
 #include "transport/facts.h"
 #include "transport/rdma.h"
 
+#include <atomic>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 namespace ep {
+
+class Buffer;
 
 class Group {
   public:
@@ -26,6 +30,9 @@ class Group {
     int rank() const { return membership_.rank; }
     int rank_count() const { return membership_.rank_count; }
     int64_t timeout_us() const { return timeout_us_; }
+
+    // 0: the default. Also of the buffers that are made from it. From any thread.
+    mep_status_t set_timeout(int64_t timeout_us);
     const Backend &backend() const { return *backend_; }
     int device_id() const { return device_id_; }
     Device *device() const { return device_.get(); }
@@ -70,6 +77,10 @@ class Group {
     // worded with that rank. Collective: every rank comes here, whatever its own status is.
     mep_status_t agree(mep_status_t mine);
 
+    // The buffers that exist, in the order of their creation, tell so themselves.
+    void add(Buffer *buffer);
+    void remove(Buffer *buffer);
+
     // After leave() every collective call fails.
     void leave();
     bool left() const { return left_; }
@@ -93,7 +104,7 @@ class Group {
     mep_status_t gather_rows(const std::vector<Byte> &row, std::vector<Byte> *matrix);
 
     Membership membership_{};
-    int64_t timeout_us_ = 0;
+    std::atomic<int64_t> timeout_us_{0};
     int device_id_ = 0;
     int local_rank_count_ = 1;
     bool delivers_lines_ = true;
@@ -106,6 +117,8 @@ class Group {
     std::unique_ptr<Engine> engine_;
     std::unique_ptr<DeviceEngine> device_engine_;
     bool engine_wants_all_ = false;
+    std::mutex buffers_mutex_;
+    std::vector<Buffer *> buffers_;
     std::vector<TransportChoice> transports_;
     std::string unreachable_;  // a first pair, and why; "" if there is none
 };

@@ -1,4 +1,4 @@
-// The host halves of dispatch and combine. The arguments have been checked by api.cc.
+// The host halves of dispatch and combine. The arguments have been checked by api/rounds.cc.
 #pragma once
 
 #include "core/buffer.h"

@@ -13,7 +13,7 @@
 //   EP_SHARED_LARGE(Type, name)  the same of more than 48 KB, for launch_large
 //   EP_UNROLL, EP_ROLLED         before a loop: its body as often as it runs; only once
 //   grid_index<G>, grid_count<G> this group among all of the launch
-//   load, store, fetch_add       device scope, relaxed: no order, but no race
+//   load, store, fetch_add, swap device scope, relaxed: no order, but no race
 //   publish(word, v)             all that this thread stored before is visible to whoever observes
 //                                v in word, also on another device
 //   before_publish<G>()          what any thread of G stored before, counts as stored by all

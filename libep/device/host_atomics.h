@@ -13,6 +13,10 @@ template <class T>
 T fetch_add(T *to, T value) {
     return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
+template <class T>
+T swap(T *to, T value) {
+    return __atomic_exchange_n(to, value, __ATOMIC_RELAXED);
+}
 
 // Also ordered like publish and observe: here there is no boundary between launches that orders
 // what the rounds before did.

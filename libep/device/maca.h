@@ -113,6 +113,12 @@ EP_DEVICE void store(int32_t *to, int32_t value) {
 EP_DEVICE int32_t fetch_add(int32_t *to, int32_t value) {
     return atomicAdd(to, value);
 }
+EP_DEVICE int32_t swap(int32_t *to, int32_t value) {
+    for (;;) {
+        const int32_t old = load(to);
+        if (atomicCAS_system(to, old, value) == old) return old;
+    }
+}
 EP_DEVICE uint64_t fetch_add(uint64_t *to, uint64_t value) {
     return atomicAdd(reinterpret_cast<unsigned long long *>(to), value);
 }

@@ -126,7 +126,8 @@ EP_DEVICE void await_parts(const CombineArgs &a, const Wait &wait, uint64_t epoc
         if (peer != r.rank) {
             char *partial = slots_from(r, Cargo::kPartials, epoch, peer).of(token);
             uint64_t signal;
-            if (!wait.until<Warp>(Layout::flag(partial), epoch, peer, &signal)) continue;
+            if (!wait.until<Warp>(Layout::flag(partial), epoch, peer, Awaited::kSums, &signal))
+                continue;
             row = Layout::partial_row(partial);
         }
         if (Warp::rank() == 0) parts->row[count] = row;

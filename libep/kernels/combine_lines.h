@@ -96,7 +96,7 @@ EP_DEVICE bool await_line_weights(const Wait &wait, const Outgoing &out, Terms *
         const bool whole = pull(at, here, LineLane::has_signal(), out.epoch, piece);
         if (!Warp::broadcast(active)) return false;
         if (whole) break;
-        wait.lapse<Warp>(out.source, attempt);
+        wait.lapse<Warp>(out.epoch, out.source, Awaited::kWeights, attempt);
     }
     if (here[0] && !LineLane::has_signal())
         __builtin_memcpy(terms->weight + LineLane::piece() * kWeightsOfPiece, piece, sizeof piece);
@@ -148,7 +148,7 @@ EP_DEVICE bool await_line_part(const Wait &wait, uint64_t epoch, int peer, const
         const bool whole = pull_part(part, lines, epoch, pieces);
         if (!Warp::broadcast(active)) return false;
         if (whole) return true;
-        wait.lapse<Warp>(peer, attempt);
+        wait.lapse<Warp>(epoch, peer, Awaited::kSums, attempt);
     }
 }
 

@@ -279,6 +279,17 @@ EP_DEVICE void number_chunk(const DispatchArgs &a, int index, int32_t *next, Cou
     }
 }
 
+// What the buffer counts. Nobody waits for these.
+EP_DEVICE void count_sent(const Round &r, int peer, int rows) {
+    if (rows != 0) fetch_add(&r.peer_counts[peer].rows_sent, uint64_t(rows));
+}
+EP_DEVICE void count_received(const Round &r, int source, int rows) {
+    if (rows != 0) fetch_add(&r.peer_counts[source].rows_received, uint64_t(rows));
+}
+EP_DEVICE void count_expert(const Round &r, int expert, int rows) {
+    if (rows != 0) fetch_add(&r.expert_rows[expert], uint64_t(rows));
+}
+
 // Tells every rank how many tokens this one has, and how many for each of its experts. A block.
 EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *sums) {
     const Round &r = a.round;
@@ -289,10 +300,12 @@ EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *su
             post(words_to(r, Cargo::kMessages, epoch, peer) + per_rank,
                  Signal::pack(epoch, r.token_count));
     count_before(a, r.chunk_count, sums);
-    for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size())
-        if (is_active(r, e / per_rank))
-            post(words_to(r, Cargo::kMessages, epoch, e / per_rank) + e % per_rank,
-                 Signal::pack(epoch, sums[e]));
+    for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size()) {
+        if (!is_active(r, e / per_rank)) continue;
+        post(words_to(r, Cargo::kMessages, epoch, e / per_rank) + e % per_rank,
+             Signal::pack(epoch, sums[e]));
+        count_sent(r, e / per_rank, sums[e]);
+    }
     Block::sync();  // before other sums take the place of these
 }
 
@@ -300,14 +313,16 @@ EP_DEVICE uint64_t dispatch_epoch_of(const Round &r) {
     return epoch_of(r, r.state->dispatch_tickets, r.routing.state->dispatch_epoch);
 }
 
-// Waits for a count from `source`; -1 if it has failed. A limit it breaks masks the source.
-EP_DEVICE int await_count(const Wait &wait, const uint64_t *word, uint64_t epoch, int source) {
+// Waits for a count from `source`; -1 if it has failed. A limit it breaks masks the source. With
+// `counts`, the time that passes is counted.
+EP_DEVICE int await_count(const Wait &wait, const uint64_t *word, uint64_t epoch, int source,
+                          bool counts) {
     const Round &r = wait.round;
     uint64_t signal;
-    if (!wait.until_posted(word, epoch, source, &signal)) return -1;
+    if (!wait.until_posted(word, epoch, source, Awaited::kCounts, counts, &signal)) return -1;
     if (Signal::value(signal) <= r.layout.shape.token_count_max) return Signal::value(signal);
     fetch_add(&r.state->invalid_messages, uint64_t{1});
-    store(&r.active[source], 0);
+    mask_for_limit(r, epoch, source, Awaited::kCounts);
     return -1;
 }
 
@@ -325,9 +340,11 @@ EP_DEVICE void decide_begins(const DispatchArgs &a, uint64_t epoch, int expert,
         if (a.out_layout_range != nullptr)
             a.out_layout_range[size_t(expert) * ranks + source] = int64_t{begin} << 32 | count;
         begin += count;
+        count_received(r, source, count);
     }
     post(&begins[ranks], Signal::pack(epoch, begin));
     a.out_count[expert] = begin;
+    count_expert(r, expert, begin);
 }
 
 // Waits for all counts, and decides for all blocks whose tokens count. The counter; `counts` has
@@ -337,13 +354,14 @@ EP_DEVICE void decide_layout(const DispatchArgs &a, uint64_t epoch, int32_t *cou
     const Layout &layout = r.layout;
     const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
     const Wait wait(r);
+    drop_absent(r);
     for (int i = Block::rank(); i < ranks * experts; i += Block::size())
         counts[i] =
             await_count(wait, words_from(r, Cargo::kMessages, epoch, i / experts) + i % experts,
-                        epoch, i / experts);
+                        epoch, i / experts, i % experts == 0);
     for (int source = Block::rank(); source < ranks; source += Block::size()) {
         const int tokens = await_count(
-            wait, words_from(r, Cargo::kMessages, epoch, source) + experts, epoch, source);
+            wait, words_from(r, Cargo::kMessages, epoch, source) + experts, epoch, source, false);
         // Not yet of this round. Of a source that has failed, nothing will be read.
         post(&r.routing.token_counts[source], Signal::pack(0, tokens < 0 ? 0 : tokens));
     }

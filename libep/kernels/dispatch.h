@@ -162,7 +162,8 @@ EP_DEVICE void receive_message(const DispatchArgs &a, Rows *rows, const Wait &wa
     const Round &r = a.round;
     char *message = slots_from(r, Cargo::kMessages, in.epoch, in.source).of(in.token);
     uint64_t signal;
-    const bool came = wait.until<Warp>(Layout::flag(message), in.epoch, in.source, &signal);
+    const bool came =
+        wait.until<Warp>(Layout::flag(message), in.epoch, in.source, Awaited::kRows, &signal);
     rows->after_observe();
     const int said = came ? entry_count(r, signal) : 0, count = said < 0 ? 0 : said;
     if (said < 0 && Warp::rank() == 0) fetch_add(&r.state->invalid_messages, uint64_t{1});

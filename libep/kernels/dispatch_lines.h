@@ -179,6 +179,7 @@ EP_DEVICE void tell_counts(const Round &r, uint64_t epoch, LineDispatchShared *s
         if (shared->active[peer] == 0) continue;
         char *window = r.window(peer);
         post(layout.count(window, epoch, r.rank, index), Signal::pack(epoch, shared->sums[e]));
+        count_sent(r, peer, shared->sums[e]);
         if (index == 0)
             post(layout.token_count(window, epoch, r.rank), Signal::pack(epoch, r.token_count));
     }
@@ -214,10 +215,11 @@ EP_DEVICE void decide_sources(const DispatchArgs &a, uint64_t epoch, LineDispatc
     const Layout &layout = r.layout;
     const int ranks = layout.shape.rank_count, experts = layout.local_expert_count;
     const Wait wait(r);
+    drop_absent(r);
     EP_ROLLED
     for (int i = Block::rank(); i < ranks * (experts + 1); i += Block::size()) {
         const CountWord word = CountWord::of(r, i);
-        const int count = await_count(wait, word.in(r, epoch), epoch, word.source);
+        const int count = await_count(wait, word.in(r, epoch), epoch, word.source, word.index == 0);
         if (count < 0) fetch_add(&shared->lost[word.source], 1);
         *word.place(r, shared) = count;
     }
@@ -237,8 +239,10 @@ EP_DEVICE void decide_sources(const DispatchArgs &a, uint64_t epoch, LineDispatc
             if (a.out_layout_range != nullptr)
                 a.out_layout_range[size_t(e) * ranks + source] = int64_t{begin} << 32 | count;
             begin += count;
+            count_received(r, source, count);
         }
         a.out_count[e] = begin;
+        count_expert(r, e, begin);
     }
 }
 
@@ -258,7 +262,7 @@ EP_DEVICE int decided_count(const Wait &wait, uint64_t epoch, int source, const 
             return Signal::value(count) <= r.layout.shape.token_count_max ? Signal::value(count)
                                                                           : 0;
         if (!is_active(r, source)) return 0;
-        wait.lapse<Thread>(source, attempt);
+        wait.lapse<Thread>(epoch, source, Awaited::kCounts, attempt);
     }
 }
 
@@ -481,7 +485,7 @@ EP_DEVICE LaneEntry await_entry(const Wait &wait, uint64_t epoch, Arrived *arriv
             said = 0;
             break;
         }
-        wait.lapse<Warp>(arrived->source, attempt);
+        wait.lapse<Warp>(epoch, arrived->source, Awaited::kRows, attempt);
     }
     if (said < 0 && part.index == 0 && Warp::rank() == 0)
         fetch_add(&r.state->invalid_messages, uint64_t{1});

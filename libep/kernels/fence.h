@@ -25,7 +25,7 @@ struct FenceArgs {
 EP_DEVICE void await_fence(const Wait &wait, const uint64_t *word, uint64_t epoch, int source) {
     for (uint32_t attempt = 0; observe<Thread>(word) < epoch; ++attempt) {
         if (!is_active(wait.round, source)) return;
-        wait.lapse<Thread>(source, attempt);
+        wait.lapse<Thread>(epoch, source, Awaited::kFence, attempt);
     }
 }
 

@@ -8,15 +8,47 @@
 
 namespace ep {
 
+// What a wait for a peer is for; MEP_WAIT_* of the header.
+enum class Awaited : int32_t {
+    kCounts = 1,
+    kRows,
+    kWeights,
+    kSums,
+    kBegin,
+    kFence,
+    kExchange,  // by an engine
+};
+
+// Why a peer was masked.
+struct Incident {
+    uint64_t number;  // from 1 on; written last
+    uint64_t epoch, waited_ns;
+    int32_t peer;
+    Awaited awaited;
+    int32_t broke_limit;  // it did not come late
+    int32_t reserved;
+};
+
 // One per buffer, in device memory; the kernels advance the epochs, so that a launch may be
 // replayed.
 struct BufferState {
     uint64_t dispatch_tickets, combine_tickets;  // kTicketsOfRound for each round sent
     uint64_t invalid_expert_ids, invalid_messages;
+    uint64_t timeout_ns;  // of rounds that bring none; the host may change it at any time
+
+    static constexpr int kIncidentsKept = 64;
+    uint64_t incident_count;
+    Incident incidents[kIncidentsKept];  // the newest: number n at (n - 1) % kIncidentsKept
 
     // The blocks of the launch that sends a round hand in so many together, each at its end: until
     // the last has, the quotient is the epoch of the round before, for whoever looks.
     static constexpr uint64_t kTicketsOfRound = uint64_t{1} << 16;
+};
+
+// What a buffer counts for each peer. A row is a token at one of its experts.
+struct PeerCounts {
+    uint64_t rows_sent, rows_received;
+    uint64_t waited_ns;  // for its counts and its begin of a combine
 };
 
 struct HandleState {
@@ -47,8 +79,6 @@ EP_HOST_DEVICE constexpr bool has_phase(Phases phases, Phases one) {
     return (static_cast<int32_t>(phases) & static_cast<int32_t>(one)) != 0;
 }
 
-constexpr int kWindowsAtHand = 8;
-
 // Division of what is below 2^24 by what the host knows, without dividing.
 struct Divisor {
     static constexpr int kBits = 40;
@@ -65,13 +95,17 @@ struct Divisor {
 struct Round {
     Layout layout;
     int rank;
-    char *const *windows;                 // [rank] each rank's window, as mapped here
-    char *first_windows[kWindowsAtHand];  // of them: no load to wait for
+    // [rank] each rank's window, as mapped here. Not in the arguments, as an update of the group
+    // changes them, and graphs are to find that.
+    char *const *windows;
     BufferState *state;
     Routing routing;
-    int32_t *active;      // [rank] 1: takes part; a peer that misses the deadline gets 0
-    uint64_t timeout_ns;  // kNever: wait for ever
-    int token_count;      // of this rank
+    const int32_t *members;   // [rank] 0: not in the group now
+    int32_t *active;          // [rank] 1: takes part; a peer that misses the deadline gets 0
+    PeerCounts *peer_counts;  // [rank]
+    uint64_t *expert_rows;    // [local expert]  received
+    uint64_t timeout_ns;      // kNever: wait for ever; kOfBuffer: BufferState's
+    int token_count;          // of this rank
     int topk;  // K of the dispatch, the stride of the caller's topk arrays and of choices
     int hidden;
     Caching caching;  // of rows
@@ -88,13 +122,11 @@ struct Round {
     int receivers_of_chunk;
     Divisor parts, local_experts;
 
-    EP_HOST_DEVICE char *window(int of_rank) const {
-        return of_rank < kWindowsAtHand ? first_windows[of_rank] : windows[of_rank];
-    }
+    EP_HOST_DEVICE char *window(int of_rank) const { return windows[of_rank]; }
     EP_HOST_DEVICE bool sends() const { return has_phase(phases, Phases::kSend); }
     EP_HOST_DEVICE bool receives() const { return has_phase(phases, Phases::kReceive); }
 
-    static constexpr uint64_t kNever = ~uint64_t{0};
+    static constexpr uint64_t kNever = ~uint64_t{0}, kOfBuffer = 0;
 };
 
 // A strided float array of scales, [expert][row][group]; strides in elements.
@@ -191,7 +223,7 @@ struct DeliverArgs {
 // kernels/watch.h.
 struct Watch {
     uint64_t begun, done;  // exchanges
-    uint64_t timeout_ns;   // of the last one begun; Round::kNever
+    uint64_t timeout_ns;   // of the last one begun; not Round::kOfBuffer
     uint64_t failed;       // 1: the host has given up
 };
 struct WatchState {  // in device memory, where reading takes less time
@@ -200,6 +232,7 @@ struct WatchState {  // in device memory, where reading takes less time
 
 struct WatchArgs {
     Round round;
+    Cargo cargo;
     Watch *watch;
     WatchState *state;
     bool ends;  // or begins

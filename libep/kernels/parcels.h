@@ -184,7 +184,7 @@ EP_KERNEL place_parcels(const Args a) {
             place_parcel(a, epoch, peer);
         } else if (grid_index<Thread>() == 0) {
             fetch_add(&r.state->invalid_messages, uint64_t{1});
-            store(&r.active[peer], 0);
+            mask_for_limit(r, epoch, peer, Awaited::kExchange);
         }
     }
 }

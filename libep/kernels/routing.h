@@ -78,7 +78,9 @@ EP_DEVICE int next_owner(const Layout &layout, const int32_t *choices, int topk,
 
 // Does this rank take part? Its own rank always does.
 EP_DEVICE bool is_active(const Round &round, int rank) {
-    return rank == round.rank || load(&round.active[rank]) != 0;
+    if (rank == round.rank) return true;
+    const int32_t active = load(&round.active[rank]), member = load(&round.members[rank]);
+    return active != 0 && member != 0;  // both are asked for before the first is looked at
 }
 
 // What a block of a launch does. Devices whose blocks run beside each other have blocks for each
@@ -136,6 +138,34 @@ EP_DEVICE void decided(const uint64_t *words, uint64_t epoch, int *one, int *nex
     }
 }
 
+// Masks a peer, and takes note of why, if nobody else has. The incident's number is left open.
+EP_DEVICE void mask(const Round &r, const Incident &incident) {
+    if (swap(&r.active[incident.peer], 0) == 0) return;
+    const uint64_t number = fetch_add(&r.state->incident_count, uint64_t{1}) + 1;
+    Incident &kept = r.state->incidents[(number - 1) % BufferState::kIncidentsKept];
+    kept.epoch = incident.epoch;
+    kept.waited_ns = incident.waited_ns;
+    kept.peer = incident.peer;
+    kept.awaited = incident.awaited;
+    kept.broke_limit = incident.broke_limit;
+    publish(&kept.number, number);
+}
+
+EP_DEVICE void mask_for_limit(const Round &r, uint64_t epoch, int peer, Awaited awaited) {
+    mask(r, {0, epoch, 0, peer, awaited, 1, 0});
+}
+
+// Tells the caller which ranks are not in the group. A block.
+EP_DEVICE void drop_absent(const Round &r) {
+    EP_ROLLED
+    for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size())
+        if (load(&r.members[peer]) == 0) store(&r.active[peer], 0);
+}
+
+EP_DEVICE uint64_t timeout_of(const Round &r) {
+    return r.timeout_ns == Round::kOfBuffer ? look(&r.state->timeout_ns) : r.timeout_ns;
+}
+
 // Waits of one block; their deadline counts from its start.
 struct Wait {
     const Round &round;
@@ -146,33 +176,41 @@ struct Wait {
     // Until `source` has published a word of this epoch. False if it is masked, or misses the
     // deadline, which masks it. The whole group gets the same answer.
     template <class Group>
-    EP_DEVICE bool until(const uint64_t *word, uint64_t epoch, int source, uint64_t *value) const {
+    EP_DEVICE bool until(const uint64_t *word, uint64_t epoch, int source, Awaited awaited,
+                         uint64_t *value) const {
         for (uint32_t attempt = 0;; ++attempt) {
             *value = observe<Group>(word);
             if (!Group::broadcast(int{is_active(round, source)})) return false;
             if (Signal::is_of(*value, epoch)) return true;
-            lapse<Group>(source, attempt);
+            lapse<Group>(epoch, source, awaited, attempt);
         }
     }
 
-    // The same for a posted word; one thread.
-    EP_DEVICE bool until_posted(const uint64_t *word, uint64_t epoch, int source,
-                                uint64_t *value) const {
-        for (uint32_t attempt = 0;; ++attempt) {
+    // The same for a posted word; one thread. With `counts`, the time is added to the source's.
+    EP_DEVICE bool until_posted(const uint64_t *word, uint64_t epoch, int source, Awaited awaited,
+                                bool counts, uint64_t *value) const {
+        bool active = true;
+        uint32_t attempt = 0;
+        for (;; ++attempt) {
             *value = look(word);
-            if (!is_active(round, source)) return false;
-            if (Signal::is_of(*value, epoch)) return true;
-            lapse<Thread>(source, attempt);
+            active = is_active(round, source);
+            if (!active || Signal::is_of(*value, epoch)) break;
+            lapse<Thread>(epoch, source, awaited, attempt);
         }
+        if (counts && attempt > 0)
+            fetch_add(&round.peer_counts[source].waited_ns, now_ns() - began_ns);
+        return active;
     }
 
     // Between two looks. At the deadline, masks the source.
     template <class Group>
-    EP_DEVICE void lapse(int source, uint32_t attempt) const {
+    EP_DEVICE void lapse(uint64_t epoch, int source, Awaited awaited, uint32_t attempt) const {
         constexpr uint32_t kLooksPerClock = 32;  // the clock costs more than a look
-        if (attempt % kLooksPerClock == kLooksPerClock - 1 && Group::rank() == 0 &&
-            now_ns() - began_ns > round.timeout_ns)
-            store(&round.active[source], 0);
+        if (attempt % kLooksPerClock == kLooksPerClock - 1 && Group::rank() == 0) {
+            const uint64_t waited_ns = now_ns() - began_ns;
+            if (waited_ns > timeout_of(round))
+                mask(round, {0, epoch, waited_ns, source, awaited, 0, 0});
+        }
         pause(attempt);
     }
 };

@@ -104,7 +104,8 @@ EP_DEVICE const float *await_weights(const Wait &wait, const Outgoing &out) {
     const Round &r = wait.round;
     char *weight = slots_from(r, Cargo::kWeights, out.epoch, out.source).of(out.token);
     uint64_t signal;
-    if (!wait.until<Warp>(Layout::flag(weight), out.epoch, out.source, &signal)) return nullptr;
+    if (!wait.until<Warp>(Layout::flag(weight), out.epoch, out.source, Awaited::kWeights, &signal))
+        return nullptr;
     return Layout::weight_values(weight);
 }
 
@@ -118,10 +119,12 @@ EP_DEVICE void tell_peers(const Round &r, uint64_t epoch) {
 // Until every peer has begun the round.
 EP_DEVICE void await_arrivals(const Round &r, uint64_t epoch) {
     const Wait wait(r);
+    drop_absent(r);
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
         uint64_t signal;
         if (peer != r.rank)
-            wait.until_posted(words_from(r, Cargo::kPartials, epoch, peer), epoch, peer, &signal);
+            wait.until_posted(words_from(r, Cargo::kPartials, epoch, peer), epoch, peer,
+                              Awaited::kBegin, true, &signal);
     }
 }
 

@@ -1,6 +1,7 @@
 #include "transport/collective.h"
 
 #include "base/status.h"
+#include "transport/incident.h"
 
 namespace ep {
 
@@ -37,7 +38,7 @@ mep_status_t Collective::create(Device *device, Engine *engine, DeviceEngine *de
 mep_status_t Collective::carry(const Round &round, Cargo cargo, size_t body_bytes,
                                const Queue &queue, const Deadline &deadline, bool stays_in_inbox) {
     if (device_engine_ == nullptr) return carry_parcels(round, cargo, body_bytes, queue, deadline);
-    EP_TRY(carry_boxes(round, cargo, queue));
+    EP_TRY(carry_boxes(round, cargo, queue, deadline));
     if (stays_in_inbox) return MEP_OK;
     DeliverArgs args{round, cargo, body_bytes};
     args.round.far.inbox = inbox();
@@ -47,14 +48,15 @@ mep_status_t Collective::carry(const Round &round, Cargo cargo, size_t body_byte
 // ---- Boxes, on GPUs -----------------------------------------------------------------------------
 
 // All of a box, whatever is in it: nobody has to know how much that is.
-mep_status_t Collective::carry_boxes(const Round &round, Cargo cargo, const Queue &queue) {
+mep_status_t Collective::carry_boxes(const Round &round, Cargo cargo, const Queue &queue,
+                                     const Deadline &deadline) {
     const Boxes &boxes = kernel_far_.boxes;
     std::vector<Exchange> exchanges(far_.size());
     for (size_t peer = 0; peer < far_.size(); ++peer)
         if (far_[peer])
             exchanges[peer] = {boxes.box(kernel_far_.outbox, cargo, box_of_[peer]),
                                boxes.box(inbox(), cargo, box_of_[peer]), boxes.bytes_of(cargo)};
-    return device_engine_->exchange(channel_, round, exchanges, queue);
+    return device_engine_->exchange(channel_, {round, cargo, deadline}, exchanges, queue);
 }
 
 // ---- Parcels, on the CPU ------------------------------------------------------------------------
@@ -63,7 +65,7 @@ mep_status_t Collective::carry_boxes(const Round &round, Cargo cargo, const Queu
 std::vector<bool> Collective::partners(const Round &round) const {
     std::vector<bool> partners = far_;
     for (size_t peer = 0; peer < partners.size(); ++peer)
-        partners[peer] = partners[peer] && round.active[peer] != 0;
+        partners[peer] = partners[peer] && round.active[peer] != 0 && round.members[peer] != 0;
     return partners;
 }
 
@@ -76,10 +78,13 @@ mep_status_t Collective::carry_parcels(const Round &round, Cargo cargo, size_t b
     const std::vector<bool> asked = partners(round);
     EP_TRY(pack(args, queue));
     std::vector<bool> with = asked;
+    const Stopwatch stopwatch;
     EP_TRY(engine_->exchange(sent_, args.bytes(round.layout.shape.token_count_max), deadline, &with,
                              &received_));
     for (size_t peer = 0; peer < with.size(); ++peer)
-        if (asked[peer] && !with[peer]) round.active[peer] = 0;
+        if (asked[peer] && !with[peer])
+            EP_TRY(
+                mask_lost(device_, round, cargo, static_cast<int>(peer), stopwatch.elapsed_ns()));
     return place(args, queue);
 }
 

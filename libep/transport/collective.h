@@ -53,7 +53,8 @@ class Collective {
   private:
     mep_status_t carry_parcels(const Round &round, Cargo cargo, size_t body_bytes,
                                const Queue &queue, const Deadline &deadline);
-    mep_status_t carry_boxes(const Round &round, Cargo cargo, const Queue &queue);
+    mep_status_t carry_boxes(const Round &round, Cargo cargo, const Queue &queue,
+                             const Deadline &deadline);
     std::vector<bool> partners(const Round &round) const;
     mep_status_t pack(ParcelArgs args, const Queue &queue);
     mep_status_t place(ParcelArgs args, const Queue &queue);

@@ -20,6 +20,13 @@ struct Exchange {
     size_t bytes;
 };
 
+// What an exchange is for.
+struct Trip {
+    const Round &round;
+    Cargo cargo;
+    Deadline deadline;  // where the host waits; others ask the round, which may be replayed
+};
+
 class DeviceEngine {
   public:
     virtual ~DeviceEngine() = default;
@@ -35,9 +42,9 @@ class DeviceEngine {
     virtual mep_status_t allocate(size_t bytes, std::shared_ptr<char> *memory) = 0;
 
     // Queues exchanges [rank] behind what is on the stream, so that what is queued next finds what
-    // came. Peers that fail, or miss the deadline of `round`, are masked in round.active, if the
-    // engine knows deadlines; they are not heard any more.
-    virtual mep_status_t exchange(void *channel, const Round &round,
+    // came. Peers that fail, or miss the deadline, are masked in round.active, if the engine knows
+    // deadlines; they are not heard any more.
+    virtual mep_status_t exchange(void *channel, const Trip &trip,
                                   const std::vector<Exchange> &exchanges, const Queue &queue) = 0;
 
     // Why a graph cannot capture its exchanges; "" if it can.

@@ -13,7 +13,7 @@ class CallbackDeviceEngine : public DeviceEngine {
     mep_status_t allocate(size_t bytes, std::shared_ptr<char> *memory) override {
         return allocate_boxes(device_, bytes, memory);
     }
-    mep_status_t exchange(void *, const Round &, const std::vector<Exchange> &exchanges,
+    mep_status_t exchange(void *, const Trip &, const std::vector<Exchange> &exchanges,
                           const Queue &queue) override {
         std::vector<const void *> send(rank_count_);
         std::vector<void *> receive(rank_count_);

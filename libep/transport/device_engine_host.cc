@@ -1,5 +1,6 @@
 #include "base/status.h"
 #include "transport/device_engine.h"
+#include "transport/incident.h"
 
 #include <algorithm>
 #include <utility>
@@ -15,29 +16,30 @@ class HostedEngine : public DeviceEngine {
     mep_status_t allocate(size_t bytes, std::shared_ptr<char> *memory) override {
         return allocate_boxes(device_, bytes, memory);
     }
-    mep_status_t exchange(void *, const Round &round, const std::vector<Exchange> &exchanges,
+    mep_status_t exchange(void *, const Trip &trip, const std::vector<Exchange> &exchanges,
                           const Queue &queue) override {
+        const Round &round = trip.round;
         EP_TRY(device_->wait(queue.stream));
-        std::vector<int32_t> active(exchanges.size());
+        std::vector<int32_t> active(exchanges.size()), members(exchanges.size());
         EP_TRY(device_->peek(active.data(), round.active, sizeof active[0] * active.size()));
+        EP_TRY(device_->peek(members.data(), round.members, sizeof members[0] * members.size()));
         std::vector<bool> asked(exchanges.size());
         size_t bytes_max = 0;
         sent_.resize(exchanges.size());
         received_.resize(exchanges.size());
         for (size_t peer = 0; peer < exchanges.size(); ++peer) {
             const Exchange &one = exchanges[peer];
-            asked[peer] = one.bytes != 0 && active[peer] != 0;
+            asked[peer] = one.bytes != 0 && active[peer] != 0 && members[peer] != 0;
             sent_[peer].resize(asked[peer] ? one.bytes : 0);
             bytes_max = std::max(bytes_max, one.bytes);
             if (asked[peer]) EP_TRY(device_->peek(sent_[peer].data(), one.send, one.bytes));
         }
         std::vector<bool> with = asked;
-        const int64_t timeout_us = round.timeout_ns == Round::kNever
-                                       ? kTimeoutNever
-                                       : static_cast<int64_t>(round.timeout_ns / 1000);
-        EP_TRY(engine_->exchange(sent_, bytes_max, Deadline(timeout_us), &with, &received_));
+        const Stopwatch stopwatch;
+        EP_TRY(engine_->exchange(sent_, bytes_max, trip.deadline, &with, &received_));
         for (size_t peer = 0; peer < exchanges.size(); ++peer)
-            if (asked[peer]) EP_TRY(take(round, peer, exchanges[peer], with[peer]));
+            if (asked[peer])
+                EP_TRY(take(trip, peer, exchanges[peer], with[peer], stopwatch.elapsed_ns()));
         return MEP_OK;
     }
 
@@ -51,12 +53,12 @@ class HostedEngine : public DeviceEngine {
     }
 
   private:
-    mep_status_t take(const Round &round, size_t peer, const Exchange &one, bool came) {
+    mep_status_t take(const Trip &trip, size_t peer, const Exchange &one, bool came,
+                      uint64_t waited_ns) {
         if (came && received_[peer].size() == one.bytes)
             return device_->write(one.receive, received_[peer].data(), one.bytes);
         failure_ += (failure_.empty() ? "rank " : ", rank ") + std::to_string(peer);
-        constexpr int32_t kMasked = 0;
-        return device_->write(round.active + peer, &kMasked, sizeof kMasked);
+        return mask_lost(device_, trip.round, trip.cargo, static_cast<int>(peer), waited_ns);
     }
 
     Device *const device_;

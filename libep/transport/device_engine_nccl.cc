@@ -172,7 +172,7 @@ class NcclEngine : public DeviceEngine {
     mep_status_t open(void **channel) override;
     void close(void *channel) override { watchdog_->close(static_cast<Channel *>(channel)); }
     mep_status_t allocate(size_t bytes, std::shared_ptr<char> *memory) override;
-    mep_status_t exchange(void *channel, const Round &round, const std::vector<Exchange> &exchanges,
+    mep_status_t exchange(void *channel, const Trip &trip, const std::vector<Exchange> &exchanges,
                           const Queue &queue) override;
     const char *no_capture_reason() const override { return ""; }
     std::string take_failure() override {
@@ -363,11 +363,11 @@ mep_status_t NcclEngine::open(void **channel) {
     return MEP_OK;
 }
 
-mep_status_t NcclEngine::exchange(void *channel, const Round &round,
+mep_status_t NcclEngine::exchange(void *channel, const Trip &trip,
                                   const std::vector<Exchange> &exchanges, const Queue &queue) {
     const Channel &own = *static_cast<Channel *>(channel);
     const auto tell = [&](bool ends) {
-        const WatchArgs args{round, own.on_host(), own.on_device(), ends};
+        const WatchArgs args{trip.round, trip.cargo, own.on_host(), own.on_device(), ends};
         return device_->launch_status(device_->kernels().watch(args, queue));
     };
     const std::lock_guard<std::mutex> lock(watchdog_->mutex());

@@ -13,7 +13,7 @@ CHECK = ROOT / "tests" / "check_includes.py"
 
 CLEAN = {
     "include/mooncake_ep.h": "#include <stdint.h>\n",
-    "libep/api.cc": '#include "mooncake_ep.h"\n#include "core/group.h"\n#include "base/status.h"\n',
+    "libep/api/setup.cc": '#include "mooncake_ep.h"\n#include "core/group.h"\n#include "base/status.h"\n',
     "libep/base/status.h": '#include "mooncake_ep.h"\n',
     "libep/wire/layout.h": "#pragma once\n#include <cstdint>\n",
     "libep/device/device.h": '#include "wire/layout.h"\n#if defined(X)\n#endif\n',
@@ -46,7 +46,7 @@ def test_a_clean_tree_passes(tmp_path: Path) -> None:
     [
         ("libep/base/log.h", '#include "core/group.h"', "log.h:1: base may not include core"),
         ("libep/base/log.cc", '\n#  include "wire/layout.h"', "cc:2: base may not include wire"),
-        ("libep/api.cc", '#include "backend/backend.h"', "api may not include backend"),
+        ("libep/api/setup.cc", '#include "backend/backend.h"', "api may not include backend"),
         ("libep/backend/gpu.inl", '#include "core/group.h"', "backend may not include core"),
         ("libep/backend/cuda.cu", '#include "core/group.h"', "backend may not include core"),
         ("libep/core/a.cc", '#include "device/device.h"', "core may not include device"),
@@ -59,7 +59,7 @@ def test_a_clean_tree_passes(tmp_path: Path) -> None:
         ("libep/kernels/a.h", "#ifndef A_H", "a.h:1: a kernel is the same source on every device"),
         ("libep/kernels/a.h", "\n # if X\n#endif", "a.h:2: a kernel is the same source"),
         ("libep/misc/a.h", "", "misc is not a layer"),
-        ("include/mooncake_ep.h", "\n" * 700, "700 lines; it stays under 700"),
+        ("include/mooncake_ep.h", "\n" * 850, "850 lines; it stays under 850"),
     ],
 )
 def test_a_violation_is_named(tmp_path: Path, path: str, text: str, complaint: str) -> None:

@@ -337,6 +337,106 @@ TEST_F(Api, ReportsALateRankOnceAndGoesOnWithoutIt) {
         });
 }
 
+TEST_F(Api, TellsWhoWasLateAndForHowLong) {
+    ONLY_ON_THE_CPU("a call on a GPU returns before anybody can be late");
+    expect_warnings();
+    run_without_rank_2(
+        [](Share &share, const Buffer &buffer, const Handle &handle, MeetingPoint &point) {
+            mep_dispatch_args_t args = share.dispatch_args(MEP_PHASE_SEND);
+            args.timeout_us = kShortUs;
+            EXPECT_EQ(test::dispatch(buffer, handle, args), MEP_OK);
+            point.meet();
+            mep_event_t events[3];
+            int32_t count = -1;
+            uint64_t cursor = 0;
+            args.phases = MEP_PHASE_RECEIVE;
+            EXPECT_EQ(test::dispatch(buffer, handle, args), MEP_PEER_FAILED);
+            EXPECT_EQ(mep_buffer_read_events(buffer.get(), &cursor, events, 3, &count), MEP_OK);
+            ASSERT_EQ(count, 1);
+            EXPECT_EQ(events[0].peer, 2);
+            EXPECT_EQ(events[0].reason, MEP_EVENT_LATE);
+            const bool far = getenv("MOONCAKE_EP_DISABLE_P2P") != nullptr ||
+                             getenv("MOONCAKE_EP_ISLAND_RANKS") != nullptr;
+            EXPECT_EQ(events[0].phase, far ? MEP_WAIT_EXCHANGE : MEP_WAIT_COUNTS);
+            EXPECT_EQ(events[0].round, 1U);
+            EXPECT_GE(events[0].waited_us, kShortUs);
+            mep_peer_counters_t counters{};
+            counters.struct_size = sizeof counters;
+            EXPECT_EQ(mep_buffer_query_peer(buffer.get(), 2, &counters), MEP_OK);
+            EXPECT_GE(counters.waited_us, far ? 0 : uint64_t(kShortUs));
+            EXPECT_EQ(counters.rows_received, 0U);
+            EXPECT_EQ(mep_buffer_read_events(buffer.get(), &cursor, events, 3, &count), MEP_OK);
+            EXPECT_EQ(count, 0);  // it was told
+            expect_good_combine(share, buffer, handle, nullptr);
+            expect_round(buffer, share.plan, share.rank);
+        });
+}
+
+TEST_F(Api, CallsThatWaitFollowAChangedTimeout) {
+    ONLY_ON_THE_CPU("a call on a GPU returns before anybody can be late");
+    expect_warnings();
+    const mep_buffer_config_t config = buffer_config(2);
+    const Plan plan = Plan::of(config, 2, 90);
+    MeetingPoint sent(2);
+    run_groups(2, [&](int rank, const Group &group) {
+        const Buffer buffer = make_buffer(group, config);
+        const Handle handle = make_handle(buffer);
+        Share share(plan, rank);
+        sent.meet();
+        mep_transport_info_t way{};
+        way.struct_size = sizeof way;
+        EXPECT_EQ(mep_group_query_transport(group.get(), 1 - rank, &way), MEP_OK);
+        if (rank == 1 || way.kind == MEP_TRANSPORT_COLLECTIVE)
+            return;  // an exchange keeps the deadline that it began with
+        // 30 s otherwise, which the test would show.
+        std::thread shortens([&] {
+            std::this_thread::sleep_for(std::chrono::milliseconds(50));
+            EXPECT_EQ(mep_group_set_timeout(group.get(), kShortUs), MEP_OK);
+        });
+        const auto began = std::chrono::steady_clock::now();
+        EXPECT_EQ(share.dispatch(buffer, handle), MEP_PEER_FAILED);
+        EXPECT_LT(std::chrono::steady_clock::now() - began, std::chrono::seconds(10));
+        shortens.join();
+        mep_group_info_t info{};
+        info.struct_size = sizeof info;
+        EXPECT_EQ(mep_group_query(group.get(), &info), MEP_OK);
+        EXPECT_EQ(info.timeout_us, kShortUs);
+        EXPECT_EQ(mep_group_set_timeout(group.get(), -2), MEP_INVALID_ARGUMENT);
+    });
+}
+
+TEST_F(Api, CountsRowsOfPeersAndExperts) {
+    constexpr int kRounds = 3;
+    const mep_buffer_config_t config = buffer_config(3);
+    run_buffers(3, config, [&](const Group &, const Buffer &buffer, int rank) {
+        const int experts = config.expert_count / 3;
+        std::vector<uint64_t> expected(experts), rows(experts);
+        for (int round = 0; round < kRounds; ++round) {
+            const Plan plan = Plan::of(config, 3, 95 + round);
+            expect_round(buffer, plan, rank);
+            for (int e = 0; e < experts; ++e)
+                expected[e] += plan.rows[rank * experts + e].size();
+        }
+        EXPECT_EQ(mep_buffer_query_expert_rows(buffer.get(), rows.data(), experts), MEP_OK);
+        EXPECT_EQ(rows, expected);
+        uint64_t all = 0, received = 0;
+        for (int e = 0; e < experts; ++e)
+            all += expected[e];
+        for (int peer = 0; peer < 3; ++peer) {
+            mep_peer_counters_t counters{};
+            counters.struct_size = sizeof counters;
+            EXPECT_EQ(mep_buffer_query_peer(buffer.get(), peer, &counters), MEP_OK);
+            received += counters.rows_received;
+        }
+        EXPECT_EQ(received, all);
+        EXPECT_EQ(mep_buffer_query_expert_rows(buffer.get(), rows.data(), experts + 1),
+                  MEP_INVALID_ARGUMENT);
+        mep_peer_counters_t counters{};
+        counters.struct_size = sizeof counters;
+        EXPECT_EQ(mep_buffer_query_peer(buffer.get(), 3, &counters), MEP_INVALID_ARGUMENT);
+    });
+}
+
 // ---- Life and death
 // -------------------------------------------------------------------------------
 

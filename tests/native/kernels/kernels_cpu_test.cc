@@ -175,6 +175,15 @@ TEST_P(CpuKernels, CombineWithoutARankThatStopsAfterDispatch) {
         expect_combine_without(shaped(3, 6, 4, 4, 128), dead, 1000 + dead);
 }
 
+TEST_P(CpuKernels, LeaveARankAloneThatIsNotInTheGroup) {
+    for (const Weights weights : kAllWeights)
+        for (int absent = 0; absent < 3; ++absent) {
+            Rig rig = shaped(3, 6, 4, 4, 128);
+            rig.weights = weights;
+            expect_absent_is_left_alone(rig, absent, 1050 + absent);
+        }
+}
+
 TEST_P(CpuKernels, CombineTheSameDispatchAgainAndAgain) {
     Fleet fleet(shaped(2, 8, 6, 4, 128));
     Round kept = fleet.round(1100), other = fleet.round(1101);

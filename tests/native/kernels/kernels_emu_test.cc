@@ -289,6 +289,16 @@ TEST(EmuKernels, GoOnWithoutARankThatNeverStarts) {
     expect_survivors_go_on(rig, 1, 900);
 }
 
+TEST(EmuKernels, LeaveARankAloneThatIsNotInTheGroup) {
+    if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = small_bf16(Weights::kAtCombine);
+    rig.ranks = 3;
+    rig.experts = 6;
+    rig.hidden = 8;
+    expect_absent_is_left_alone(rig, 1, 970);
+    if (kLines) expect_absent_is_left_alone(by_line(rig), 2, 980);
+}
+
 TEST(EmuKernels, KeepEachOtherWhenOneNeverStarts) {
     if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
     Rig rig = small_bf16(Weights::kNone);

@@ -4,8 +4,10 @@
 
 #include "support/fleet.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
 
 namespace ep::test {
 
@@ -44,6 +46,28 @@ inline void expect_right(const Fleet &fleet, const Round &round) {
     }
 }
 
+// What went from rank to rank, and to each expert.
+inline void expect_counted(Fleet &fleet, const std::vector<Round> &rounds) {
+    const Rig &rig = fleet.rig();
+    std::vector<uint64_t> rows(rig.experts);
+    std::vector<std::vector<uint64_t>> from_to(rig.ranks, std::vector<uint64_t>(rig.ranks));
+    for (const Round &round : rounds)
+        for (int e = 0; e < rig.experts; ++e)
+            for (const Packed &one : round.rows[e]) {
+                ++rows[e];
+                ++from_to[one.source][e / rig.local_experts()];
+            }
+    for (int rank = 0; rank < rig.ranks; ++rank) {
+        for (int peer = 0; peer < rig.ranks; ++peer) {
+            EXPECT_EQ(fleet.peer_counts(rank, peer).rows_sent, from_to[rank][peer]);
+            EXPECT_EQ(fleet.peer_counts(rank, peer).rows_received, from_to[peer][rank]);
+        }
+        EXPECT_EQ(fleet.peer_counts(rank, rank).waited_ns, 0U);
+        for (int e = 0; e < rig.local_experts(); ++e)
+            EXPECT_EQ(fleet.expert_rows(rank)[e], rows[rank * rig.local_experts() + e]);
+    }
+}
+
 // Rounds one after the other, ranks running at their own speeds.
 inline void expect_rounds_are_right(const Rig &rig, uint64_t seed, int round_count) {
     SCOPED_TRACE(describe(rig, seed));
@@ -73,7 +97,9 @@ inline void expect_rounds_are_right(const Rig &rig, uint64_t seed, int round_cou
         EXPECT_EQ(fleet.state(rank).dispatch_tickets / BufferState::kTicketsOfRound,
                   uint64_t(round_count));
         EXPECT_EQ(fleet.active(rank), std::vector<int32_t>(rig.ranks, 1));
+        EXPECT_EQ(fleet.state(rank).incident_count, 0U);
     }
+    expect_counted(fleet, rounds);
 }
 
 // Two rounds in flight, received in the order they were sent by some ranks and the other by others.
@@ -194,6 +220,24 @@ inline void expect_held_rank_loses_nothing(const Rig &rig, int held, Travel trav
 // ---- Lost ranks
 // -----------------------------------------------------------------------------------
 
+constexpr uint64_t kShortNs = 20'000'000, kMediumNs = 1'000'000'000, kLongNs = 30'000'000'000;
+
+// Each survivor has noted once that the dead rank was late, in the first round.
+inline void expect_noted(Fleet &fleet, int dead, std::vector<Awaited> any_of) {
+    for (int rank = 0; rank < fleet.rig().ranks; ++rank) {
+        if (rank == dead) continue;
+        EXPECT_EQ(fleet.state(rank).incident_count, 1U) << "rank " << rank;
+        const Incident &noted = fleet.state(rank).incidents[0];
+        EXPECT_EQ(noted.number, 1U);
+        EXPECT_EQ(noted.peer, dead);
+        EXPECT_EQ(noted.epoch, 1U);
+        EXPECT_EQ(noted.broke_limit, 0);
+        EXPECT_GT(noted.waited_ns, kShortNs);
+        EXPECT_NE(std::find(any_of.begin(), any_of.end(), noted.awaited), any_of.end())
+            << "it was waited for " << static_cast<int>(noted.awaited);
+    }
+}
+
 inline void expect_masked(Fleet &fleet, int dead) {
     for (int rank = 0; rank < fleet.rig().ranks; ++rank)
         for (int peer = 0; rank != dead && peer < fleet.rig().ranks; ++peer)
@@ -210,8 +254,6 @@ inline void expect_ends(Fleet &fleet, Round &round, Phase phase, int dead) {
               std::chrono::nanoseconds(fleet.rig().timeout_ns) + slack);
 }
 
-constexpr uint64_t kShortNs = 20'000'000, kMediumNs = 1'000'000'000, kLongNs = 30'000'000'000;
-
 // A rank that never starts.
 inline void expect_survivors_go_on(Rig rig, int dead, uint64_t seed) {
     SCOPED_TRACE(describe(rig, seed) + ", dead rank " + std::to_string(dead));
@@ -221,6 +263,7 @@ inline void expect_survivors_go_on(Rig rig, int dead, uint64_t seed) {
     expect_ends(fleet, round, &Fleet::dispatch_send, dead);
     expect_ends(fleet, round, &Fleet::dispatch_receive, dead);
     expect_masked(fleet, dead);
+    expect_noted(fleet, dead, {Awaited::kCounts, Awaited::kFence});
     fleet.set_timeout_ns(kLongNs);  // from here on nobody waits for the dead
     expect_ends(fleet, round, &Fleet::combine_send, dead);
     expect_ends(fleet, round, &Fleet::combine_receive, dead);
@@ -250,6 +293,36 @@ inline void expect_survivors_keep_each_other(Rig rig, int late, int dead, uint64
     expect_right(fleet, round);
 }
 
+// A rank that is not in the group: whatever the mask says, it is neither sent to nor waited for.
+inline void expect_absent_is_left_alone(Rig rig, int absent, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed) + ", absent rank " + std::to_string(absent));
+    rig.timeout_ns = ep::Round::kNever;
+    Fleet fleet(rig);
+    for (int rank = 0; rank < rig.ranks; ++rank)
+        fleet.present(rank)[absent] = 0;
+    const std::vector<char> before(fleet.window(absent),
+                                   fleet.window(absent) + fleet.layout().bytes);
+    for (int halves = 0; halves < 2; ++halves) {
+        Round round = fleet.round(seed + halves, {}, {absent});
+        fleet.run(
+            [&](int rank) {
+                fleet.active(rank).assign(rig.ranks, 1);
+                if (halves == 0) {
+                    fleet.both(round.tasks[rank]);
+                    return;
+                }
+                for (const Phase phase : {&Fleet::dispatch_send, &Fleet::dispatch_receive,
+                                          &Fleet::combine_send, &Fleet::combine_receive})
+                    (fleet.*phase)(round.tasks[rank]);
+            },
+            {absent});
+        expect_masked(fleet, absent);
+        expect_right(fleet, round);
+    }
+    EXPECT_EQ(std::memcmp(before.data(), fleet.window(absent), before.size()), 0);
+    EXPECT_EQ(fleet.state(absent == 0 ? 1 : 0).incident_count, 0U);
+}
+
 // A rank that takes part in dispatch, and then no more: its experts' share is left out of combine.
 inline void expect_combine_without(Rig rig, int dead, uint64_t seed) {
     SCOPED_TRACE(describe(rig, seed) + ", dead rank " + std::to_string(dead));
@@ -263,6 +336,8 @@ inline void expect_combine_without(Rig rig, int dead, uint64_t seed) {
     expect_ends(fleet, round, &Fleet::combine_send, dead);
     expect_ends(fleet, round, &Fleet::combine_receive, dead);
     expect_masked(fleet, dead);
+    expect_noted(fleet, dead,
+                 {Awaited::kSums, Awaited::kWeights, Awaited::kBegin, Awaited::kFence});
     round.lost[dead] = 1;
     for (int rank = 0; rank < rig.ranks; ++rank)
         EXPECT_TRUE(rank == dead || fleet.combined(round, rank));

@@ -139,6 +139,9 @@ class Fleet {
             member.outbox = new_memory(boxes_.bytes());
             member.inbox = new_memory(boxes_.bytes());
             member.active.assign(rig.ranks, 1);
+            member.present.assign(rig.ranks, 1);
+            member.peer_counts.resize(rig.ranks);
+            member.expert_rows.resize(rig.local_experts());
             if (create_workers(rig.threads, &member.workers) != MEP_OK) std::abort();
             member.tally.resize(size_t(rig.experts) *
                                 tally_row_count(kernels_.chunk_count_max(queue(rank))));
@@ -156,6 +159,9 @@ class Fleet {
     const Layout &layout() const { return layout_; }
     char *window(int rank) { return windows_[rank]; }
     std::vector<int32_t> &active(int rank) { return members_[rank].active; }
+    std::vector<int32_t> &present(int rank) { return members_[rank].present; }
+    const PeerCounts &peer_counts(int rank, int peer) { return members_[rank].peer_counts[peer]; }
+    const std::vector<uint64_t> &expert_rows(int rank) { return members_[rank].expert_rows; }
     const BufferState &state(int rank) const { return members_[rank].state; }
 
     // A round with random choices and weights; counts below 0: a random number of tokens.
@@ -200,7 +206,8 @@ class Fleet {
     }
     void deliver(Cargo cargo, Task &task);
     void watch(Task &task, Watch *watch, WatchState *state, bool ends) {
-        kernels_.watch({kernel_round(task), watch, state, ends}, queue(task.rank));
+        kernels_.watch({kernel_round(task), Cargo::kMessages, watch, state, ends},
+                       queue(task.rank));
     }
 
     // What an engine carries between far ranks, [from][to].
@@ -230,7 +237,9 @@ class Fleet {
         Memory window, outbox, inbox;
         std::vector<char *> mapped;  // [rank]
         BufferState state{};
-        std::vector<int32_t> active, tally, box_of;
+        std::vector<int32_t> active, present, tally, box_of;
+        std::vector<PeerCounts> peer_counts;
+        std::vector<uint64_t> expert_rows;
         bool receives_from_inbox = false;
         std::unique_ptr<Workers> workers;
     };
@@ -379,13 +388,14 @@ inline ep::Round Fleet::kernel_round(Task &task) {
     round.layout = layout_;
     round.rank = task.rank;
     round.windows = member.mapped.data();
-    for (int peer = 0; peer < rig_.ranks && peer < kWindowsAtHand; ++peer)
-        round.first_windows[peer] = member.mapped[peer];
     round.state = &member.state;
     round.routing = {
         &task.state,        task.choices.data(),    task.positions.data(), task.token_counts.data(),
         task.begins.data(), task.row_counts.data(), task.rows.data(),      task.weights.data()};
+    round.members = member.present.data();
     round.active = member.active.data();
+    round.peer_counts = member.peer_counts.data();
+    round.expert_rows = member.expert_rows.data();
     round.timeout_ns = rig_.timeout_ns;
     round.token_count = task.tokens.count;
     round.topk = rig_.topk;

@@ -119,6 +119,8 @@ class Member {
         round.layout.shape.rank_count = ranks_;
         round.rank = rank_;
         round.active = active_.data();
+        round.state = &state_;
+        round.routing.state = &sent_;
         round.timeout_ns = uint64_t(kTimeoutUs) * 1000;
         round.far.box_of = box_of_.data();
         Queue queue;
@@ -128,7 +130,10 @@ class Member {
             if (peer != rank_)
                 exchanges[peer] = {outbox_.get() + kBytes * peer, inbox_.get() + kBytes * peer,
                                    kBytes};
-        EXPECT_EQ(engine_->exchange(channel_, round, exchanges, queue), MEP_OK) << mep_last_error();
+        EXPECT_EQ(engine_->exchange(channel_, {round, Cargo::kMessages, Deadline(kTimeoutUs)},
+                                    exchanges, queue),
+                  MEP_OK)
+            << mep_last_error();
     }
     // What came, as kernels behind it would find it.
     void expect_received(int number) {
@@ -155,6 +160,8 @@ class Member {
     const std::shared_ptr<Device> device_ = std::make_shared<StreamedDevice>();
     FakeStream stream_;
     std::vector<int32_t> active_, box_of_;
+    BufferState state_{};
+    HandleState sent_{};
     mep_group_t *group_;
     std::unique_ptr<DeviceEngine> engine_;
     void *channel_ = nullptr;

@@ -74,6 +74,11 @@ EP_STAND_IN_WORD void __syncwarp(unsigned long long) {
 EP_STAND_IN_WORD int atomicAdd(int *to, int value) {
     return __hip_atomic_fetch_add(to, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
+EP_STAND_IN_WORD int atomicCAS_system(int *to, int expected, int value) {
+    __hip_atomic_compare_exchange_strong(to, &expected, value, __ATOMIC_RELAXED, __ATOMIC_RELAXED,
+                                         __HIP_MEMORY_SCOPE_SYSTEM);
+    return expected;
+}
 EP_STAND_IN_WORD unsigned long long atomicAdd(unsigned long long *to, unsigned long long value) {
     return __hip_atomic_fetch_add(to, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
