@@ -338,6 +338,13 @@ typedef struct mep_group_config {
     void *all_to_all_context; /**< passed to all_to_all and to all_to_all_on_stream */
     /** On GPUs, instead of all_to_all, which goes through host memory. */
     mep_all_to_all_on_stream_callback_t all_to_all_on_stream;
+    /**
+     * [R], NULL: all 1. 1 = the rank comes, 0 = there is none of that number now; the same on all
+     * ranks. Then R is a capacity: ranks may come later, by mep_group_update. The ranks that come
+     * are the ranks of all_gather and of the world, by their order, and the first of them takes the
+     * part of rank 0 of unique_id. Not without one of these three.
+     */
+    const int32_t *active_ranks;
 } mep_group_config_t;
 
 typedef struct mep_group_info {
@@ -402,6 +409,29 @@ MEP_API void mep_group_destroy(mep_group_t *group);
 MEP_API mep_status_t mep_group_query(const mep_group_t *group, mep_group_info_t *info);
 
 /**
+ * Come together anew: the ranks that config->active_ranks names, those that live and those that
+ * are to join them. Collective among these, blocking, with config->timeout_us for each step; a
+ * rank that is new makes, instead, mep_group_create with the same active_ranks, and then the
+ * group's buffers again, in the order of their creation: the call of the others returns when the
+ * last of them is made. So a process can take the place of one that died, a rank can leave for
+ * good, and a group made with fewer ranks than R can grow.
+ *
+ * config is as for mep_group_create: rank, rank_count, backend and device_id zero or as they were,
+ * and a meeting point of its own, as the old one may be lost. Rounds that were sent must have been
+ * received. Afterwards all the ranks named are active in the buffers' own masks and the others
+ * masked for all calls; ranks have new windows, so what a process that was left out still stores
+ * reaches nobody; handles hold no dispatch any more; graphs that were captured before go on, with
+ * the new ranks, if rows go through memory (by NCCL they have to be captured again).
+ *
+ * After a failure all is as it was before, but for mep_group_all_gather and mep_buffer_create,
+ * which need the old meeting point; another update may be tried.
+ * Errors: those of mep_group_create and mep_buffer_create; MEP_INVALID_STATE (a round is in
+ * flight: receive it first); MEP_UNSUPPORTED (a new rank is reached in a way for which the buffers
+ * were not made).
+ */
+MEP_API mep_status_t mep_group_update(mep_group_t *group, const mep_group_config_t *config);
+
+/**
  * Change how long calls wait for another rank, in all buffers of the group: those that bring no
  * timeout of their own, also those that are captured in graphs, and waits that are under way (but
  * for rows that do not go through memory). timeout_us: 0: 100 s; -1: never. Ranks may differ.
@@ -417,7 +447,8 @@ MEP_API mep_status_t mep_group_query_transport(const mep_group_t *group, int32_t
 
 /**
  * Gather `bytes` host bytes (at most MEP_ALL_GATHER_BYTES_MAX) from each rank into `receive`
- * [R][bytes], over what the group was created from; also a barrier. Collective, blocking. After a
+ * [R][bytes] (zeros of ranks that are not there), over what the group was created from, or updated
+ * last; also a barrier. Collective, blocking. After a
  * failure every further collective call of the group fails; buffers that exist go on.
  * Errors: MEP_INVALID_ARGUMENT, MEP_TIMEOUT, MEP_MISMATCH (bytes differ), MEP_BOOTSTRAP_FAILED.
  */

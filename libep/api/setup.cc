@@ -181,6 +181,14 @@ mep_status_t mep_group_query(const mep_group_t *group, mep_group_info_t *info) {
     return write_struct(info, answer, "info");
 }
 
+mep_status_t mep_group_update(mep_group_t *group, const mep_group_config_t *config) {
+    EP_TRY(not_null(group, "group"));
+    mep_group_config_t c;
+    EP_TRY(read_struct(&c, config, "config"));
+    EP_TRY(check_timeout(c.timeout_us, "config.timeout_us"));
+    return group->group->update(c);
+}
+
 mep_status_t mep_group_set_timeout(mep_group_t *group, int64_t timeout_us) {
     EP_TRY(not_null(group, "group"));
     EP_TRY(check_timeout(timeout_us, "timeout_us"));

@@ -132,10 +132,12 @@ mep_status_t compare(const mep_buffer_config_t &mine, const mep_buffer_config_t 
     return MEP_OK;
 }
 
-// What a rank brings to the creation of a buffer. Plain bytes: it travels.
+// What a rank brings to the creation of a buffer, or to its renewal. Plain bytes: it travels.
 struct Proposal {
     mep_buffer_config_t config;
-    int64_t lines;  // would it send by line?
+    int32_t lines;  // would it send by line? If it is not new: does it?
+    int32_t is_new;
+    uint64_t dispatch_epoch, combine_epoch;  // of its last rounds
 };
 
 // For the kernels; 0 is not among them.
@@ -144,11 +146,30 @@ uint64_t timeout_in_ns(int64_t timeout_us) {
 }
 
 // By line each role has a multiprocessor for itself.
-mep_status_t may_go_by_line(const Group &group, const Shape &shape, int sm_count, bool *lines) {
+mep_status_t may_go_by_line(const Formation &formation, Device *device, const Shape &shape,
+                            int sm_count, bool *lines) {
     long wanted = 0;
     EP_TRY(env_integer("MOONCAKE_EP_LINES", 0, 1, 1, &wanted));
-    *lines = wanted != 0 && group.delivers_lines() && sm_count >= MEP_SM_COUNT_MIN &&
-             group.device()->kernels().suits_lines(shape);
+    *lines = wanted != 0 && formation.delivers_lines() && sm_count >= MEP_SM_COUNT_MIN &&
+             device->kernels().suits_lines(shape);
+    return MEP_OK;
+}
+
+// As those decide that are not new, if there are any.
+mep_status_t choose_lines(const Formation &formation, const std::vector<Proposal> &all,
+                          bool *lines) {
+    int settled = -1;
+    *lines = true;
+    for (int peer = 0; peer < formation.rank_count(); ++peer) {
+        if (!formation.is_present(peer)) continue;
+        if (all[peer].is_new == 0) settled = all[peer].lines;
+        *lines = *lines && all[peer].lines != 0;
+    }
+    if (settled == 1 && !*lines)
+        return fail(MEP_UNSUPPORTED,
+                    "the buffer's messages go by line, and not all ranks that come can do that; "
+                    "create it again on all ranks");
+    *lines = settled >= 0 ? settled == 1 : *lines;
     return MEP_OK;
 }
 
@@ -187,23 +208,22 @@ mep_status_t Buffer::create(std::shared_ptr<Group> group, const mep_buffer_confi
     std::unique_ptr<Buffer> created(new Buffer);
     created->group_ = std::move(group);
     Group &g = *created->group_;
+    Formation *formation = &g.formation();
     // From here on every rank takes every collective step, whatever became of its own.
     mep_status_t status = config_status;
-    if (status == MEP_OK) status = g.all_reachable();
+    if (status == MEP_OK) status = formation->all_reachable();
     if (status == MEP_OK) status = BufferShape::of(config, g.rank_count(), &created->shape_);
-    EP_TRY(g.agree(status));
     bool lines = false;
-    EP_TRY(g.agree(may_go_by_line(g, created->shape_.layout.shape, created->sm_count(), &lines)));
-    const Proposal mine{created->shape_.config, lines};
-    std::vector<Proposal> all(g.rank_count());
-    EP_TRY(g.all_gather(&mine, all.data(), sizeof mine));
-    for (int peer = 0; peer < g.rank_count(); ++peer) {
-        EP_TRY(compare(mine.config, all[peer].config, g.rank(), peer));
-        lines = lines && all[peer].lines != 0;
-    }
+    if (status == MEP_OK)
+        status = may_go_by_line(*formation, g.device(), created->shape_.layout.shape,
+                                created->sm_count(), &lines);
+    EP_TRY(formation->agree(status));
+    Epochs epochs;
+    EP_TRY(created->compare_proposals(formation, true, {0, 0}, &lines, &epochs));
     if (lines) created->shape_.go_by_line();
-    EP_TRY(g.agree(created->allocate()));
-    EP_TRY(created->connect(created->windows_.handle()));
+    EP_TRY(Wiring::create(formation, g.device(), created->shape_.layout, created->allocate(),
+                          &created->wiring_));
+    EP_TRY(created->write_members(*formation, epochs));
     log(MEP_LOG_INFO, "rank %d: window of %zu bytes, %d threads", g.rank(),
         created->shape_.layout.bytes, created->thread_count());
     g.add(created.get());
@@ -211,11 +231,26 @@ mep_status_t Buffer::create(std::shared_ptr<Group> group, const mep_buffer_confi
     return MEP_OK;
 }
 
+mep_status_t Buffer::compare_proposals(Formation *formation, bool is_new, Epochs mine, bool *lines,
+                                       Epochs *agreed) {
+    const Proposal proposal{shape_.config, *lines, is_new, mine.dispatch, mine.combine};
+    std::vector<Proposal> all(formation->rank_count());
+    EP_TRY(formation->all_gather(&proposal, all.data(), sizeof proposal));
+    *agreed = {0, 0};
+    for (int peer = 0; peer < formation->rank_count(); ++peer) {
+        if (!formation->is_present(peer)) continue;
+        EP_TRY(compare(proposal.config, all[peer].config, formation->rank(), peer));
+        agreed->dispatch = std::max(agreed->dispatch, all[peer].dispatch_epoch);
+        agreed->combine = std::max(agreed->combine, all[peer].combine_epoch);
+    }
+    return choose_lines(*formation, all, lines);
+}
+
 mep_status_t Buffer::allocate() {
     const Layout &layout = shape_.layout;
     const int ranks = layout.shape.rank_count;
     int threads = 0;
-    EP_TRY(count_threads(shape_.config, group_->local_rank_count(), &threads));
+    EP_TRY(count_threads(shape_.config, group_->formation().local_rank_count(), &threads));
     EP_TRY(create_workers(threads, &workers_));
     long bulk = 0;
     EP_TRY(env_integer("MOONCAKE_EP_BULK_COPIES", 0, 1, 1, &bulk));
@@ -226,39 +261,78 @@ mep_status_t Buffer::allocate() {
     EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &members_));
     EP_TRY(device()->allocate(
         sizeof(PeerCounts) * ranks + sizeof(uint64_t) * layout.local_expert_count, &counts_));
-    EP_TRY(
-        device()->allocate(sizeof(int32_t) * layout.shape.expert_count *
-                               tally_row_count(device()->kernels().chunk_count_max(queue(nullptr))),
-                           &tally_));
+    // For all of the device: an update may leave this rank more of it.
+    Queue whole = queue(nullptr);
+    whole.block_count = device()->block_count();
+    const int rows = std::max(device()->kernels().chunk_count_max(whole),
+                              device()->kernels().chunk_count_max(queue(nullptr)));
+    EP_TRY(device()->allocate(sizeof(int32_t) * layout.shape.expert_count * tally_row_count(rows),
+                              &tally_));
     EP_TRY(device()->allocate(sizeof(char *) * ranks, &windows_on_device_));
-    active_seen_.assign(ranks, 1);
-    EP_TRY(device()->write(active_.get(), active_seen_.data(), sizeof(int32_t) * ranks));
-    EP_TRY(device()->write(members_.get(), active_seen_.data(), sizeof(int32_t) * ranks));
-    dispatches.set_limit(shape_.config.rounds_in_flight_max);
-    combines.set_limit(shape_.config.rounds_in_flight_max);
-    bool shared = false;
-    for (int peer = 0; peer < ranks; ++peer)
-        shared = shared || (peer != group_->rank() && group_->is_near(peer));
-    return windows_.create(device(), layout.bytes, shared ? Sharing::kPeers : Sharing::kNobody);
+    dispatches().set_limit(shape_.config.rounds_in_flight_max);
+    combines().set_limit(shape_.config.rounds_in_flight_max);
+    return MEP_OK;
 }
 
-mep_status_t Buffer::connect(const WindowHandle &mine) {
-    std::vector<WindowHandle> handles(group_->rank_count());
-    EP_TRY(group_->all_gather(&mine, handles.data(), sizeof mine));
-    std::vector<bool> far(group_->rank_count());
-    for (int peer = 0; peer < group_->rank_count(); ++peer)
-        far[peer] = !group_->is_near(peer);
-    mep_status_t status = windows_.connect(device(), handles, group_->rank(), far);
-    if (status == MEP_OK)
-        status = collective_.create(device(), group_->engine(), group_->device_engine(),
-                                    shape_.layout, far, group_->engine_wants_all());
-    if (status == MEP_OK) {
-        const std::vector<char *> addresses = windows_.addresses();
-        status = device()->write(windows_on_device_.get(), addresses.data(),
-                                 sizeof(char *) * addresses.size());
-    }
-    EP_TRY(group_->agree(status));
-    windows_.seal();
+// Who there is now, where their windows are, and which epochs were the last.
+mep_status_t Buffer::write_members(const Formation &formation, const Epochs &epochs) {
+    const std::vector<char *> addresses = wiring_->addresses();
+    active_seen_.assign(formation.rank_count(), 0);
+    for (int rank = 0; rank < formation.rank_count(); ++rank)
+        active_seen_[rank] = formation.is_present(rank);
+    const size_t mask_bytes = sizeof(int32_t) * active_seen_.size();
+    const uint64_t tickets[] = {epochs.dispatch * BufferState::kTicketsOfRound,
+                                epochs.combine * BufferState::kTicketsOfRound};
+    EP_TRY(device()->write(windows_on_device_.get(), addresses.data(),
+                           sizeof(char *) * addresses.size()));
+    EP_TRY(device()->write(members_.get(), active_seen_.data(), mask_bytes));
+    EP_TRY(device()->write(active_.get(), active_seen_.data(), mask_bytes));
+    return device()->write(state_.get(), tickets, sizeof tickets);
+}
+
+// ---- When the group is updated ------------------------------------------------------------------
+
+mep_status_t Buffer::read_epochs(Epochs *epochs) const {
+    BufferState state;
+    EP_TRY(device()->read(&state, state_.get(), sizeof state));
+    *epochs = {state.dispatch_tickets / BufferState::kTicketsOfRound,
+               state.combine_tickets / BufferState::kTicketsOfRound};
+    return MEP_OK;
+}
+
+mep_status_t Buffer::may_be_renewed(const Formation &next) const {
+    if (pending_->dispatches.any_in_flight() || pending_->combines.any_in_flight())
+        return fail(MEP_INVALID_STATE,
+                    "a round of one of the group's buffers is in flight; receive it first");
+    EP_TRY(next.all_reachable());
+    bool lines = false, far = false;
+    EP_TRY(may_go_by_line(next, device(), shape_.layout.shape, sm_count(), &lines));
+    for (int peer = 0; peer < next.rank_count(); ++peer)
+        far = far || next.is_far(peer);
+    const bool by_line = shape_.layout.shape.carriage == Carriage::kLine;
+    if ((by_line && !lines) || (far && !has_far_peers() && !device()->is_synchronous()))
+        return fail(MEP_UNSUPPORTED,
+                    "the memory of a rank that comes is not reached as those of the others are, "
+                    "for which graphs may have been captured; create the group again");
+    return MEP_OK;
+}
+
+mep_status_t Buffer::prepare(Formation *next, Renewal *renewal) {
+    Epochs mine{};
+    mep_status_t status = may_be_renewed(*next);
+    if (status == MEP_OK) status = read_epochs(&mine);
+    EP_TRY(next->agree(status));
+    bool lines = shape_.layout.shape.carriage == Carriage::kLine;
+    EP_TRY(compare_proposals(next, false, mine, &lines, &renewal->epochs));
+    return Wiring::create(next, device(), shape_.layout, MEP_OK, &renewal->wiring);
+}
+
+mep_status_t Buffer::adopt(const Formation &next, Renewal renewal) {
+    wiring_.swap(renewal.wiring);
+    EP_TRY(write_members(next, renewal.epochs));
+    dispatches().forget_abandoned();
+    combines().forget_abandoned();
+    ++generation_;
     return MEP_OK;
 }
 
@@ -338,13 +412,13 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
     round.expert_rows = expert_counts();
     round.timeout_ns = timeout_us == 0 ? Round::kOfBuffer : timeout_in_ns(timeout_us);
     round.hidden = shape_.config.hidden;
-    round.far = collective_.far();
+    round.far = wiring_->collective().far();
     return round;
 }
 
 int Buffer::sm_count() const {
     const int all = device()->block_count(), limit = shape_.config.sm_count_max;
-    const int share = all == 0 ? 0 : std::max(1, all / group_->device_sharers());
+    const int share = all == 0 ? 0 : std::max(1, all / group_->formation().device_sharers());
     return limit == 0 || limit > share ? share : limit;
 }
 
@@ -355,7 +429,7 @@ Queue Buffer::queue(void *stream) const {
     // With a limit the rest is another's, which a launch that waits for its turn must not take.
     queue.starts_early = sm_count() == device()->block_count();
     queue.may_move_in_bulk = may_move_in_bulk_;
-    queue.fences_phases = group_->fences_phases();
+    queue.fences_phases = group_->formation().fences_phases();
     queue.workers = workers_.get();
     return queue;
 }
@@ -368,6 +442,11 @@ mep_status_t Buffer::find_new_failures(std::vector<int> *ranks) {
         if (active_seen_[peer] != 0 && now[peer] == 0) ranks->push_back(static_cast<int>(peer));
     active_seen_ = std::move(now);
     return MEP_OK;
+}
+
+Handle::~Handle() {
+    if (dispatch == State::kInFlight) pending_->dispatches.abandon(dispatch_round);
+    if (combine_in_flight) pending_->combines.abandon(combine_round);
 }
 
 mep_status_t Handle::create(Buffer *buffer, std::unique_ptr<Handle> *handle) {

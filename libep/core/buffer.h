@@ -7,8 +7,7 @@
 #include "backend/backend.h"
 #include "core/group.h"
 #include "core/rounds.h"
-#include "transport/collective.h"
-#include "transport/p2p.h"
+#include "core/wiring.h"
 
 #include <memory>
 #include <vector>
@@ -54,14 +53,29 @@ class Buffer {
     // Of rounds that bring no timeout, also those that are in graphs.
     mep_status_t set_timeout(int64_t timeout_us);
 
+    // What it takes over when its group is updated.
+    struct Epochs {
+        uint64_t dispatch, combine;
+    };
+    struct Renewal {
+        std::unique_ptr<Wiring> wiring;
+        Epochs epochs;
+    };
+    // Collective in `next`, which may have ranks that make the buffer meanwhile; changes nothing.
+    mep_status_t prepare(Formation *next, Renewal *renewal);
+    // Local: switches over.
+    mep_status_t adopt(const Formation &next, Renewal renewal);
+    // How often it has been adopted; what a handle remembers of an earlier time is void.
+    uint64_t generation() const { return generation_; }
+
     // What every round of this buffer knows; `handle_memory` holds the routing.
     Round round(void *handle_memory, int32_t *active, int64_t timeout_us) const;
     Queue queue(void *stream) const;
     int32_t *tally() const { return static_cast<int32_t *>(tally_.get()); }
 
     // The way to far peers, of whom there may be none.
-    Collective &collective() { return collective_; }
-    bool has_far_peers() const { return collective_.serves_any(); }
+    Collective &collective() { return wiring_->collective(); }
+    bool has_far_peers() const { return wiring_->collective().serves_any(); }
 
     // The mask for calls that bring none.
     int32_t *own_active() const { return static_cast<int32_t *>(active_.get()); }
@@ -69,7 +83,9 @@ class Buffer {
     // The ranks that were masked in own_active() since the last call of this function.
     mep_status_t find_new_failures(std::vector<int> *ranks);
 
-    Rounds dispatches, combines;
+    Rounds &dispatches() { return pending_->dispatches; }
+    Rounds &combines() { return pending_->combines; }
+    const std::shared_ptr<Pending> &pending() const { return pending_; }
 
   private:
     Buffer()
@@ -84,12 +100,18 @@ class Buffer {
         return reinterpret_cast<uint64_t *>(peer_counts() + group_->rank_count());
     }
     mep_status_t allocate();
-    mep_status_t connect(const WindowHandle &mine);
+    // What all say about the buffer, and must say alike. Collective.
+    mep_status_t compare_proposals(Formation *formation, bool is_new, Epochs mine, bool *lines,
+                                   Epochs *agreed);
+    mep_status_t may_be_renewed(const Formation &next) const;
+    mep_status_t read_epochs(Epochs *epochs) const;
+    mep_status_t write_members(const Formation &formation, const Epochs &epochs);
 
     std::shared_ptr<Group> group_;
     BufferShape shape_{};
-    PeerWindows windows_;
-    Collective collective_;
+    std::unique_ptr<Wiring> wiring_;
+    uint64_t generation_ = 0;
+    std::shared_ptr<Pending> pending_ = std::make_shared<Pending>();
     std::unique_ptr<Workers> workers_;
     bool may_move_in_bulk_ = true;
     // counts_: a PeerCounts for each rank, then the rows of each local expert.
@@ -101,6 +123,10 @@ class Handle {
   public:
     static mep_status_t create(Buffer *buffer, std::unique_ptr<Handle> *handle);
 
+    Handle(const Handle &) = delete;
+    Handle &operator=(const Handle &) = delete;
+    ~Handle();
+
     Buffer *buffer() const { return buffer_; }
     void *memory() const { return memory_.get(); }
 
@@ -108,13 +134,16 @@ class Handle {
     State dispatch = State::kEmpty;
     bool combine_in_flight = false;
     uint64_t dispatch_round = 0, combine_round = 0;  // in Rounds
+    uint64_t generation = 0;                         // of the buffer, at the dispatch
 
     // Of the dispatch.
     int token_count = 0, topk = 0;
 
   private:
-    explicit Handle(Buffer *buffer) : buffer_(buffer), memory_(nullptr, nullptr) {}
+    explicit Handle(Buffer *buffer)
+        : buffer_(buffer), pending_(buffer->pending()), memory_(nullptr, nullptr) {}
     Buffer *buffer_;
+    std::shared_ptr<Pending> pending_;
     DeviceMemory memory_;
 };
 

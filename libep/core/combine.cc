@@ -12,6 +12,9 @@ mep_status_t may_combine(const Call &call) {
                     handle.dispatch == Handle::State::kEmpty
                         ? "it holds no dispatch; dispatch with it first"
                         : "its dispatch is still in flight; receive it first");
+    if (handle.generation != call.buffer->generation())
+        return fail(MEP_INVALID_STATE,
+                    "handle: its dispatch was before the group was updated; dispatch again");
     if (!call.sends() && !handle.combine_in_flight)
         return fail(MEP_INVALID_STATE, "handle: it has no combine to receive; send one first");
     if (!call.sends()) return MEP_OK;
@@ -19,7 +22,7 @@ mep_status_t may_combine(const Call &call) {
     if (handle.combine_in_flight)
         return fail(MEP_INVALID_STATE,
                     "handle: its last combine is still in flight; receive it first");
-    return call.buffer->combines.may_send("combine");
+    return call.buffer->combines().may_send("combine");
 }
 
 namespace {
@@ -65,16 +68,16 @@ mep_status_t combine(const Call &call, CombineArgs args) {
     args.fp32_partials = buffer.shape().config.fp32_partials != 0;
     if (call.sends()) {
         handle.combine_in_flight = true;
-        handle.combine_round = buffer.combines.send();
+        handle.combine_round = buffer.combines().send();
     }
     const mep_status_t launched = launch(call, args);
     if (launched != MEP_OK && call.sends()) {  // nobody can receive it
-        buffer.combines.receive(handle.combine_round);
+        buffer.combines().receive(handle.combine_round);
         handle.combine_in_flight = false;
     }
     EP_TRY(launched);
     if (call.receives()) {
-        buffer.combines.receive(handle.combine_round);
+        buffer.combines().receive(handle.combine_round);
         handle.combine_in_flight = false;
     }
     // Who was found dead by an engine in the half that sends is told by the half that receives, as

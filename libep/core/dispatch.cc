@@ -25,7 +25,7 @@ mep_status_t may_dispatch(const Call &call) {
     if (in_flight || handle.combine_in_flight)
         return fail(MEP_INVALID_STATE, "handle: its last %s is still in flight; receive it first",
                     in_flight ? "dispatch" : "combine");
-    return call.buffer->dispatches.may_send("dispatch");
+    return call.buffer->dispatches().may_send("dispatch");
 }
 
 namespace {
@@ -75,16 +75,17 @@ mep_status_t dispatch(const Call &call, DispatchArgs args) {
         handle.token_count = token_count;
         handle.topk = topk;
         handle.dispatch = Handle::State::kInFlight;
-        handle.dispatch_round = buffer.dispatches.send();
+        handle.generation = buffer.generation();
+        handle.dispatch_round = buffer.dispatches().send();
     }
     const mep_status_t launched = launch(call, args);
     if (launched != MEP_OK && call.sends()) {  // nobody can receive it
-        buffer.dispatches.receive(handle.dispatch_round);
+        buffer.dispatches().receive(handle.dispatch_round);
         handle.dispatch = Handle::State::kEmpty;
     }
     EP_TRY(launched);
     if (call.receives()) {
-        buffer.dispatches.receive(handle.dispatch_round);
+        buffer.dispatches().receive(handle.dispatch_round);
         handle.dispatch = Handle::State::kReceived;
     }
     // Who was found dead by an engine in the half that sends is told by the half that receives, as

@@ -1,35 +1,13 @@
 #include "core/group.h"
 
-#include "base/env.h"
 #include "base/log.h"
 #include "base/status.h"
 #include "core/buffer.h"
-#include "transport/gate.h"
-#include "transport/trial.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstring>
 #include <utility>
 
 namespace ep {
-namespace {
-
-// Plain bytes: it travels.
-struct Greeting {
-    int32_t version;  // of the library; ranks of one group run the same
-    int32_t rank_count;
-    int32_t backend;
-    int32_t reserved;
-    RankFacts facts;
-};
-
-struct Verdict {
-    int32_t status;
-    char message[252];
-};
-
-}  // namespace
 
 mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Group> *group) {
     std::shared_ptr<Group> created(new Group);
@@ -41,14 +19,8 @@ mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Gro
     EP_TRY(created->backend_->create_device(config.device_id, &created->device_));
     created->device_id_ = config.device_id;
     created->timeout_us_ = config.timeout_us == 0 ? kTimeoutDefaultUs : config.timeout_us;
-    const Deadline deadline(created->timeout_us_);
-    EP_TRY(created->meet(config, deadline));
-    GroupFacts facts;
-    EP_TRY(created->gather_facts(config, &facts, deadline));
-    if (created->rank_count() > 1) EP_TRY(created->try_transports(&facts));
-    EP_TRY(created->look_for_nccl(&facts));
-    created->adopt(facts);
-    EP_TRY(created->create_engine(config, facts, deadline));
+    EP_TRY(Formation::create(config, *created->backend_, created->device_, created->timeout_us_,
+                             {0, 0}, &created->formation_));
     if (backend != MEP_BACKEND_CPU)
         log(MEP_LOG_INFO, "IBGDA unavailable, using P2P-only path: %s", rdma().reason.c_str());
     log(MEP_LOG_INFO, "rank %d of %d joined on %s", created->rank(), created->rank_count(),
@@ -57,256 +29,59 @@ mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Gro
     return MEP_OK;
 }
 
-mep_status_t Group::meet(const mep_group_config_t &config, const Deadline &deadline) {
-    membership_ = {config.rank, config.rank_count};
-    const bool by_environment = config.all_gather == nullptr && config.unique_id == nullptr &&
-                                config.world == nullptr && config.rank_count != 1;
-    if (by_environment) return bootstrap_from_environment(&membership_, deadline, &bootstrap_);
-    if (config.rank_count < 1 || config.rank_count > MEP_RANK_COUNT_MAX)
-        return fail(MEP_INVALID_ARGUMENT, "config.rank_count is %d; it must be in [1, %d]",
-                    config.rank_count, MEP_RANK_COUNT_MAX);
-    if (config.rank < 0 || config.rank >= config.rank_count)
-        return fail(MEP_INVALID_ARGUMENT, "config.rank is %d; it must be in [0, %d)", config.rank,
-                    config.rank_count);
-    if (config.all_gather != nullptr)
-        return bootstrap_from_callback(membership_, config.all_gather, config.all_gather_context,
-                                       &bootstrap_);
-    if (config.unique_id != nullptr)
-        return bootstrap_from_unique_id(membership_, *config.unique_id, deadline, &bootstrap_);
-    if (config.world != nullptr)
-        return bootstrap_from_world(membership_, config.world, &bootstrap_);
-    bootstrap_ = bootstrap_alone();
-    return MEP_OK;
-}
-
 namespace {
 
-// What the caller and the environment say about ways between ranks.
-mep_status_t read_wishes(const mep_group_config_t &config, bool on_gpu, RankFacts *facts) {
-    if (config.disable_p2p < 0 || config.disable_p2p > 1)
-        return fail(MEP_INVALID_ARGUMENT, "config.disable_p2p is %d; it must be 0 or 1",
-                    config.disable_p2p);
-    long disabled = 0;
-    EP_TRY(env_integer("MOONCAKE_EP_DISABLE_P2P", 0, 1, config.disable_p2p, &disabled));
-    facts->p2p_disabled = disabled != 0 || config.disable_p2p != 0;
-    if (config.all_to_all_on_stream != nullptr && (!on_gpu || config.all_to_all != nullptr))
+// As the caller gave it, but for what cannot change.
+mep_status_t fill_in(const Group &group, mep_group_config_t *config) {
+    const struct {
+        const char *name;
+        int32_t *given;
+        int32_t own;
+    } fields[] = {{"rank", &config->rank, group.rank()},
+                  {"rank_count", &config->rank_count, group.rank_count()},
+                  {"backend", &config->backend, group.backend().id},
+                  {"device_id", &config->device_id, group.device_id()}};
+    for (const auto &field : fields) {
+        if (*field.given != 0 && *field.given != field.own)
+            return fail(MEP_INVALID_ARGUMENT, "config.%s is %d; it must be 0, or %d as it was",
+                        field.name, *field.given, field.own);
+        *field.given = field.own;
+    }
+    if (config->all_gather == nullptr && config->unique_id == nullptr && config->world == nullptr &&
+        config->rank_count != 1)
         return fail(MEP_INVALID_ARGUMENT,
-                    "config.all_to_all_on_stream is given %s; it is for GPUs, instead of "
-                    "config.all_to_all",
-                    on_gpu ? "beside config.all_to_all" : "on the CPU");
-    facts->engine = config.all_to_all_on_stream != nullptr ? kEngineCallerOnStream
-                    : config.all_to_all != nullptr         ? kEngineCaller
-                                                           : kEngineTcp;
-    long island_ranks = 0;
-    EP_TRY(env_integer("MOONCAKE_EP_ISLAND_RANKS", 1, MEP_RANK_COUNT_MAX, 0, &island_ranks));
-    facts->island_ranks = static_cast<int32_t>(island_ranks);
-    const std::string address = env_text("MOONCAKE_EP_TCP_ADDRESS");
-    if (address.size() >= sizeof facts->tcp_address)
-        return fail(MEP_INVALID_ARGUMENT, "MOONCAKE_EP_TCP_ADDRESS has %zu characters; at most %zu",
-                    address.size(), sizeof facts->tcp_address - 1);
-    std::memcpy(facts->tcp_address, address.c_str(), address.size() + 1);
+                    "config has no all_gather, unique_id or world; an update needs one, as a rank "
+                    "that is lost may take the old meeting point with it");
     return MEP_OK;
-}
-
-bool is_on_stream(const RankFacts &one, const RankFacts &other) {
-    return one.engine == kEngineCallerOnStream || other.engine == kEngineCallerOnStream;
 }
 
 }  // namespace
 
-mep_status_t Group::gather_facts(const mep_group_config_t &config, GroupFacts *facts,
-                                 const Deadline &deadline) {
-    Greeting mine{mep_version(), rank_count(), backend_->id, 0, {}};
-    EP_TRY(local_facts(*device_, backend_->id, &mine.facts));
-    EP_TRY(read_wishes(config, !device_->is_synchronous(), &mine.facts));
-    const Topology machine = gated() ? machine_topology() : Topology{};
-    mine.facts.physical = physical_number(machine, device_->pci_address());
-    std::vector<Greeting> all(rank_count());
-    EP_TRY(bootstrap_->all_gather(&mine, all.data(), sizeof mine, deadline));
-    for (int peer = 0; peer < rank_count(); ++peer) {
-        const Greeting &theirs = all[peer];
-        if (theirs.version != mine.version)
-            return fail(MEP_MISMATCH, "rank %d runs version %d of the library, rank %d version %d",
-                        peer, theirs.version, rank(), mine.version);
-        if (theirs.rank_count != mine.rank_count)
-            return fail(MEP_MISMATCH, "config.rank_count is %d on rank %d and %d on rank %d",
-                        theirs.rank_count, peer, mine.rank_count, rank());
-        if (theirs.backend != mine.backend)
-            return fail(MEP_MISMATCH, "config.backend is %d on rank %d and %d on rank %d",
-                        theirs.backend, peer, mine.backend, rank());
-        if (theirs.facts.engine != mine.facts.engine)
-            return fail(
-                MEP_MISMATCH, "config.%s is given on rank %d and not on rank %d",
-                is_on_stream(theirs.facts, mine.facts) ? "all_to_all_on_stream" : "all_to_all",
-                theirs.facts.engine > mine.facts.engine ? peer : rank(),
-                theirs.facts.engine > mine.facts.engine ? rank() : peer);
-        facts->ranks.push_back(theirs.facts);
-        RankFacts &kept = facts->ranks.back();
-        for (char *end : {kept.host + sizeof kept.host, kept.tcp_address + sizeof kept.tcp_address})
-            end[-1] = '\0';  // whoever sent them
-    }
-    choose_engine(facts);
-    std::vector<Access> access(rank_count(), Access::kRefused);
-    EP_TRY(agree(access_to(facts->ranks, machine, &access)));
-    return gather_rows(access, &facts->access);
-}
-
-mep_status_t Group::access_to(const std::vector<RankFacts> &ranks, const Topology &machine,
-                              std::vector<Access> *row) const {
-    P2pGate gate;
-    if (gated()) EP_TRY(machine_gate(machine, &gate));
-    const RankFacts &mine = ranks[rank()];
-    for (int peer = 0; peer < rank_count(); ++peer) {
-        const RankFacts &theirs = ranks[peer];
-        if (!same_host(theirs, mine)) continue;
-        Access &access = (*row)[peer];
-        access = device_->access(device_of(theirs));
-        const bool far = gated() && !gate.allows(mine.physical, theirs.physical);
-        if (far && access != Access::kSame && access != Access::kRefused) access = Access::kGated;
-    }
+mep_status_t Group::update(const mep_group_config_t &given) {
+    if (left_) return fail(MEP_INVALID_STATE, "group: this rank has left it");
+    mep_group_config_t config = given;
+    EP_TRY(fill_in(*this, &config));
+    const int64_t timeout_us = config.timeout_us == 0 ? timeout_us_.load() : config.timeout_us;
+    std::unique_ptr<Formation> next;
+    EP_TRY(Formation::create(config, *backend_, device_, timeout_us,
+                             {formation_->generation(), static_cast<int32_t>(buffers_.size())},
+                             &next));
+    std::vector<Buffer::Renewal> renewals(buffers_.size());
+    for (size_t i = 0; i < buffers_.size(); ++i)
+        EP_TRY(buffers_[i]->prepare(next.get(), &renewals[i]));
+    // All have said of the last step that it went well: nobody goes back from here on.
+    for (size_t i = 0; i < buffers_.size(); ++i)
+        EP_TRY(buffers_[i]->adopt(*next, std::move(renewals[i])));
+    next->set_timeout(timeout_us_);
+    formation_ = std::move(next);  // after the buffers let go of the old one's engines
+    log(MEP_LOG_INFO, "rank %d of %d: update %llu of the group", rank(), rank_count(),
+        static_cast<unsigned long long>(formation_->generation()));
     return MEP_OK;
-}
-
-mep_status_t Group::try_transports(GroupFacts *facts) {
-    constexpr int64_t kWaitUs = 10'000'000;
-    const int ranks = rank_count();
-    PeerTrial trial(device_.get(), rank(), ranks);
-    const WindowHandle mine = trial.handle();
-    std::vector<WindowHandle> handles(ranks);
-    EP_TRY(all_gather(&mine, handles.data(), sizeof mine));
-    std::vector<bool> peers(ranks);
-    for (int peer = 0; peer < ranks; ++peer)
-        peers[peer] = peer != rank() && is_by_memory(choose_transport(*facts, rank(), peer));
-    EP_TRY(agree(trial.knock(handles, peers)));
-    std::vector<Trial> sent;
-    EP_TRY(gather_rows(trial.sent(), &sent));
-    trial.seal();
-    for (int peer = 0; peer < ranks; ++peer)
-        peers[peer] = sent[size_t(peer) * ranks + rank()] == Trial::kArrived;
-    std::vector<uint8_t> heard, heard_by_all;
-    const bool soon = timeout_us_ == kTimeoutNever || timeout_us_ > kWaitUs;
-    EP_TRY(agree(trial.listen(peers, Deadline(soon ? kWaitUs : timeout_us()), &heard)));
-    trial.unmap();  // before any owner frees its window, which it does after this:
-    EP_TRY(gather_rows(heard, &heard_by_all));
-    for (int from = 0; from < ranks; ++from)
-        for (int to = 0; to < ranks; ++to) {
-            Trial &became = sent[size_t(from) * ranks + to];
-            if (became == Trial::kArrived && heard_by_all[size_t(to) * ranks + from] == 0)
-                became = Trial::kLost;
-        }
-    facts->trials = std::move(sent);
-    return MEP_OK;
-}
-
-// Only if it is needed: a library that is loaded is the one that other users of the process get.
-mep_status_t Group::look_for_nccl(GroupFacts *facts) {
-    bool far = false;
-    for (int one = 0; one < rank_count(); ++one)
-        for (int other = 0; other < one; ++other)
-            far = far || !is_by_memory(choose_transport(*facts, one, other));
-    if (!far || device_->is_synchronous() || facts->ranks[0].engine != kEngineTcp) return MEP_OK;
-    const Nccl &nccl = Nccl::of(backend_->id);
-    const int32_t mine = nccl.version();
-    if (mine == 0)
-        log(MEP_LOG_WARNING,
-            "rows between ranks that reach no memory of each other go without %s: "
-            "%s",
-            nccl.name, nccl.problem.c_str());
-    std::vector<int32_t> versions(rank_count());
-    EP_TRY(all_gather(&mine, versions.data(), sizeof mine));
-    for (int peer = 0; peer < rank_count(); ++peer)
-        facts->ranks[peer].nccl = versions[peer];
-    choose_engine(facts);
-    return MEP_OK;
-}
-
-void Group::adopt(const GroupFacts &facts) {
-    const RankFacts &mine = facts.ranks[rank()];
-    local_rank_count_ = device_sharers_ = 0;
-    int first_sharer = rank();
-    for (int peer = 0; peer < rank_count(); ++peer) {
-        const RankFacts &theirs = facts.ranks[peer];
-        local_rank_count_ += same_host(theirs, mine);
-        const bool shares = share_streams(theirs, mine);
-        device_sharers_ += shares;
-        if (shares && peer < first_sharer) first_sharer = peer;
-        transports_.push_back(choose_transport(facts, rank(), peer));
-        delivers_lines_ =
-            delivers_lines_ && is_near(peer) && device_->delivers_lines(device_of(theirs));
-    }
-    count_unreachable(facts, &unreachable_);
-    fences_phases_ = !any_share_streams(facts);
-    if (device_->is_synchronous() || device_sharers_ == 1 || rank() != first_sharer) return;
-    log(MEP_LOG_WARNING,
-        "%d ranks are threads of one process and share GPU %d: let each call end before the next "
-        "is queued, or make them processes; a process's streams may share a queue, in which a "
-        "call would wait behind one that waits for it",
-        device_sharers_, device_id_);
-}
-
-mep_status_t Group::create_engine(const mep_group_config_t &config, const GroupFacts &facts,
-                                  const Deadline &deadline) {
-    bool wanted = false;
-    for (int one = 0; one < rank_count(); ++one)
-        for (const bool far : far_peers(facts, one))
-            wanted = wanted || far;
-    if (!wanted) return MEP_OK;
-    engine_wants_all_ = facts.engine == kEngineCaller || facts.engine == kEngineCallerOnStream;
-    const auto gather = [this, &deadline](const void *send, void *receive, size_t bytes) {
-        return bootstrap_->all_gather(send, receive, bytes, deadline);
-    };
-    if (facts.engine == kEngineNccl)
-        return agree(device_engine_by_nccl(device_, Nccl::of(backend_->id), rank(),
-                                           far_peers(facts, rank()), gather, deadline,
-                                           &device_engine_));
-    if (facts.engine == kEngineCallerOnStream) {
-        device_engine_ = device_engine_by_callback(
-            device_.get(), rank_count(), config.all_to_all_on_stream, config.all_to_all_context);
-        return MEP_OK;
-    }
-    if (facts.engine == kEngineCaller) {
-        engine_ =
-            engine_by_callback(rank(), rank_count(), config.all_to_all, config.all_to_all_context);
-    } else {
-        constexpr const char *kLoopback = "127.0.0.1";
-        const char *address = facts.ranks[rank()].tcp_address;
-        EP_TRY(engine_by_tcp(rank(), rank_count(), *address == '\0' ? kLoopback : address, gather,
-                             deadline, &engine_));
-    }
-    if (!device_->is_synchronous())
-        device_engine_ = device_engine_by_host(device_.get(), std::move(engine_));
-    return MEP_OK;
-}
-
-mep_status_t Group::all_reachable() const {
-    return unreachable_.empty() ? MEP_OK : fail(MEP_UNSUPPORTED, "%s", unreachable_.c_str());
-}
-
-template <class Byte>
-mep_status_t Group::gather_rows(const std::vector<Byte> &row, std::vector<Byte> *matrix) {
-    static_assert(sizeof(Byte) == 1, "a byte for each peer");
-    matrix->resize(row.size() * rank_count());
-    return all_gather(row.data(), matrix->data(), row.size());
 }
 
 mep_status_t Group::all_gather(const void *send, void *receive, size_t bytes) {
     if (left_) return fail(MEP_INVALID_STATE, "group: this rank has left it");
-    return bootstrap_->all_gather(send, receive, bytes, Deadline(timeout_us_));
-}
-
-mep_status_t Group::agree(mep_status_t mine) {
-    Verdict verdict{mine, {}};
-    if (mine != MEP_OK) std::snprintf(verdict.message, sizeof verdict.message, "%s", last_error());
-    std::vector<Verdict> all(rank_count());
-    const mep_status_t gathered = all_gather(&verdict, all.data(), sizeof verdict);
-    // One's own error says more than that the others went away because of it.
-    if (mine != MEP_OK) return fail(mine, "%.*s", int(sizeof verdict.message), verdict.message);
-    if (gathered != MEP_OK) return gathered;
-    for (int peer = 0; peer < rank_count(); ++peer)
-        if (all[peer].status != MEP_OK)
-            return fail(all[peer].status, "rank %d: %.*s", peer, int(sizeof verdict.message),
-                        all[peer].message);
-    return MEP_OK;
+    return formation_->all_gather(send, receive, bytes);
 }
 
 mep_status_t Group::set_timeout(int64_t timeout_us) {
@@ -315,6 +90,7 @@ mep_status_t Group::set_timeout(int64_t timeout_us) {
     for (Buffer *buffer : buffers_)
         EP_TRY(buffer->set_timeout(chosen));
     timeout_us_ = chosen;
+    formation_->set_timeout(chosen);
     return MEP_OK;
 }
 
@@ -330,7 +106,7 @@ void Group::remove(Buffer *buffer) {
 
 void Group::leave() {
     left_ = true;
-    bootstrap_.reset();
+    formation_->leave();
 }
 
 }  // namespace ep

@@ -37,10 +37,29 @@ class Rounds {
         in_flight_.erase(std::find(in_flight_.begin(), in_flight_.end(), round));
     }
 
+    // Nobody will receive it.
+    void abandon(uint64_t round) { abandoned_.push_back(round); }
+
+    // Are there any that somebody may still receive?
+    bool any_in_flight() const { return in_flight_.size() > abandoned_.size(); }
+
+    // All slots are new.
+    void forget_abandoned() {
+        for (const uint64_t round : abandoned_)
+            receive(round);
+        abandoned_.clear();
+    }
+
   private:
     int in_flight_max_ = 1;
     uint64_t sent_ = 0;
     std::vector<uint64_t> in_flight_;  // in the order they were sent
+    std::vector<uint64_t> abandoned_;  // of them
+};
+
+// Of a buffer; its handles, which may be destroyed later, have a part in it.
+struct Pending {
+    Rounds dispatches, combines;
 };
 
 }  // namespace ep

@@ -34,7 +34,8 @@ DeviceUuid device_of(const RankFacts &rank) {
 }
 
 bool same_host(const RankFacts &one, const RankFacts &other) {
-    return std::strncmp(one.host, other.host, sizeof one.host) == 0;
+    return one.absent == 0 && other.absent == 0 &&
+           std::strncmp(one.host, other.host, sizeof one.host) == 0;
 }
 
 bool same_process(const RankFacts &one, const RankFacts &other) {
@@ -120,15 +121,26 @@ const char *nccl_name(const RankFacts &rank) {
     return rank.backend == MEP_BACKEND_MACA ? "MCCL" : "NCCL";
 }
 
+int first_present(const GroupFacts &facts) {
+    int first = 0;
+    while (first + 1 < facts.rank_count() && facts.ranks[first].absent != 0)
+        ++first;
+    return first;
+}
+
 // "" if it carries rows of the group, or "why not; ".
 std::string why_not_nccl(const GroupFacts &facts) {
-    const RankFacts &first = facts.ranks[0];
+    const int first_rank = first_present(facts);
+    const RankFacts &first = facts.ranks[first_rank];
     const std::string name = nccl_name(first);
-    for (int rank = 0; rank < facts.rank_count(); ++rank)
-        if (facts.ranks[rank].nccl != first.nccl || first.nccl == 0)
-            return first.nccl == 0 || facts.ranks[rank].nccl == 0
-                       ? "not all ranks can load " + name + "; "
-                       : rank_text(rank) + " has another version of " + name + " than rank 0; ";
+    for (int rank = 0; rank < facts.rank_count(); ++rank) {
+        const RankFacts &other = facts.ranks[rank];
+        if (other.absent != 0 || (other.nccl == first.nccl && first.nccl != 0)) continue;
+        return first.nccl == 0 || other.nccl == 0
+                   ? "not all ranks can load " + name + "; "
+                   : rank_text(rank) + " has another version of " + name + " than " +
+                         rank_text(first_rank) + "; ";
+    }
     for (int one = 0; one < facts.rank_count(); ++one)
         for (int other = 0; other < one; ++other)
             if (same_host(facts.ranks[one], facts.ranks[other]) &&
@@ -141,9 +153,10 @@ std::string why_not_nccl(const GroupFacts &facts) {
 }  // namespace
 
 void choose_engine(GroupFacts *facts) {
-    const RankFacts &first = facts->ranks[0];
+    const RankFacts &first = facts->ranks[first_present(*facts)];
     bool one_host = true, addresses = true;
     for (const RankFacts &rank : facts->ranks) {
+        if (rank.absent != 0) continue;
         one_host = one_host && same_host(rank, first);
         addresses = addresses && rank.tcp_address[0] != '\0';
     }
@@ -173,7 +186,7 @@ std::string engine_name(const GroupFacts &facts) {
         case kEngineTcp:
             return "by TCP: " + facts.no_nccl;
         case kEngineNccl:
-            return std::string("by ") + nccl_name(facts.ranks[0]) + ": ";
+            return std::string("by ") + nccl_name(facts.ranks[first_present(facts)]) + ": ";
         case kEngineCallerOnStream:
             return "by the caller's all_to_all_on_stream: ";
         case kEngineCaller:
@@ -188,6 +201,9 @@ std::string engine_name(const GroupFacts &facts) {
 TransportChoice choose_transport(const GroupFacts &facts, int one, int other) {
     if (one == other) return {MEP_TRANSPORT_SELF, "self", "the rank itself"};
     const int low = one < other ? one : other, high = one < other ? other : one;
+    for (const int rank : {low, high})
+        if (facts.ranks[rank].absent != 0)
+            return {MEP_TRANSPORT_NONE, "none", rank_text(rank) + " is not in the group"};
     std::string why;
     if (!same_host(facts.ranks[low], facts.ranks[high])) why = "they are on different hosts";
     for (const int rank : {low, high})
@@ -210,6 +226,7 @@ int count_unreachable(const GroupFacts &facts, std::string *text) {
     int count = 0;
     for (int one = 0; one < facts.rank_count(); ++one)
         for (int other = one + 1; other < facts.rank_count(); ++other) {
+            if (facts.ranks[one].absent != 0 || facts.ranks[other].absent != 0) continue;
             const TransportChoice choice = choose_transport(facts, one, other);
             if (choice.kind != MEP_TRANSPORT_NONE || count++ > 0) continue;
             *text = "ranks " + std::to_string(one) + " and " + std::to_string(other) +

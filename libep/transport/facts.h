@@ -23,6 +23,7 @@ struct RankFacts {
     int32_t p2p_disabled;
     int32_t nccl;           // its version, or MCCL's; 0: it has none
     int32_t island_ranks;   // so many neighbours reach no memory of others; 0: no such limit
+    int32_t absent;         // 1: no such rank is in the group now, and nothing else here counts
     char tcp_address[128];  // of this machine, for ranks elsewhere; "" if nobody has said
 };
 
@@ -91,7 +92,8 @@ inline bool is_by_memory(const TransportChoice &choice) {
 // Of the pair, in either order.
 TransportChoice choose_transport(const GroupFacts &facts, int one, int other);
 
-// How many pairs have no transport; says about the first in `text` which and why.
+// How many pairs of ranks that are there have no transport; says about the first in `text` which
+// and why.
 int count_unreachable(const GroupFacts &facts, std::string *text);
 
 }  // namespace ep

@@ -9,18 +9,19 @@ mep_status_t PeerWindows::create(Device *device, size_t bytes, Sharing sharing) 
 }
 
 mep_status_t PeerWindows::connect(Device *device, const std::vector<WindowHandle> &handles,
-                                  int rank, const std::vector<bool> &far) {
+                                  int rank, const std::vector<bool> &near) {
     mappings_.resize(handles.size());
     for (size_t peer = 0; peer < handles.size(); ++peer) {
         if (static_cast<int>(peer) == rank) {
             mappings_[peer] = own_->mapping();
             continue;
         }
+        if (!near[peer]) continue;
         if (handles[peer].bytes != handles[rank].bytes)
             return fail(MEP_MISMATCH, "rank %zu has a window of %llu bytes, this rank of %llu",
                         peer, static_cast<unsigned long long>(handles[peer].bytes),
                         static_cast<unsigned long long>(handles[rank].bytes));
-        if (!far[peer]) EP_TRY(device->open_window(handles[peer], &mappings_[peer]));
+        EP_TRY(device->open_window(handles[peer], &mappings_[peer]));
     }
     return MEP_OK;
 }

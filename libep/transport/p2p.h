@@ -16,15 +16,14 @@ class PeerWindows {
 
     WindowHandle handle() const { return own_->handle(); }
 
-    // Maps the window of each rank from its handle [rank_count], but for those that are `far`
-    // [rank_count].
+    // Maps the windows of the ranks that are `near` [rank_count], from their handles [rank_count].
     mep_status_t connect(Device *device, const std::vector<WindowHandle> &handles, int rank,
-                         const std::vector<bool> &far);
+                         const std::vector<bool> &near);
 
     // To be called when all ranks have connected.
     void seal() { own_->seal(); }
 
-    // Each rank's window, as mapped here; nullptr: it is far.
+    // Each rank's window, as mapped here; nullptr: it is not near.
     std::vector<char *> addresses() const;
 
   private:
