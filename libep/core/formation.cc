@@ -315,7 +315,7 @@ mep_status_t Formation::create_engine(const mep_group_config_t &config, const Gr
         return all_gather(send, receive, bytes);
     };
     if (facts.engine == kEngineNccl)
-        return agree(device_engine_by_nccl(device_, Nccl::of(backend_->id), rank_,
+        return agree(device_engine_by_nccl(device_, Nccl::of(backend_->id), rank_, present_,
                                            far_peers(facts, rank_), gather, deadline,
                                            &device_engine_));
     if (facts.engine == kEngineCallerOnStream) {
@@ -324,8 +324,7 @@ mep_status_t Formation::create_engine(const mep_group_config_t &config, const Gr
         return MEP_OK;
     }
     if (facts.engine == kEngineCaller) {
-        engine_ =
-            engine_by_callback(rank_, rank_count(), config.all_to_all, config.all_to_all_context);
+        engine_ = engine_by_callback(rank_, present_, config.all_to_all, config.all_to_all_context);
     } else {
         constexpr const char *kLoopback = "127.0.0.1";
         const char *address = facts.ranks[rank_].tcp_address;

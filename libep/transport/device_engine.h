@@ -65,11 +65,12 @@ std::unique_ptr<DeviceEngine> device_engine_by_host(Device *device, std::unique_
 std::unique_ptr<DeviceEngine> device_engine_by_callback(
     Device *device, int rank_count, mep_all_to_all_on_stream_callback_t callback, void *context);
 
-// By NCCL, or by MCCL, which outlives it, in a communicator of its own. Collective; `far` [rank]:
-// with whom this rank will exchange. No two ranks may share a GPU.
+// By NCCL, or by MCCL, which outlives it, in a communicator of its own. Collective; `present`
+// [rank]: who is there, `far` [rank]: with whom this rank will exchange. No two ranks may share a
+// GPU.
 mep_status_t device_engine_by_nccl(const std::shared_ptr<Device> &device, const Nccl &nccl,
-                                   int rank, const std::vector<bool> &far,
-                                   const AllGather &all_gather, const Deadline &deadline,
-                                   std::unique_ptr<DeviceEngine> *engine);
+                                   int rank, const std::vector<bool> &present,
+                                   const std::vector<bool> &far, const AllGather &all_gather,
+                                   const Deadline &deadline, std::unique_ptr<DeviceEngine> *engine);
 
 }  // namespace ep

@@ -161,8 +161,11 @@ class Watchdog {
 
 class NcclEngine : public DeviceEngine {
   public:
-    NcclEngine(std::shared_ptr<Device> device, const Nccl &nccl)
-        : device_(std::move(device)), nccl_(nccl) {}
+    NcclEngine(std::shared_ptr<Device> device, const Nccl &nccl, const std::vector<bool> &present)
+        : device_(std::move(device)), nccl_(nccl), seats_(present.size(), kNobody) {
+        for (size_t rank = 0; rank < present.size(); ++rank)
+            if (present[rank]) seats_[rank] = seat_count_++;
+    }
     NcclEngine(const NcclEngine &) = delete;
     NcclEngine &operator=(const NcclEngine &) = delete;
     ~NcclEngine() override;
@@ -199,6 +202,9 @@ class NcclEngine : public DeviceEngine {
 
     const std::shared_ptr<Device> device_;
     const Nccl &nccl_;
+    static constexpr int kNobody = -1;
+    std::vector<int> seats_;  // [rank] its place in the communicator
+    int seat_count_ = 0;
     Nccl::Communicator *communicator_ = nullptr;
     bool has_own_memory_ = false;  // NCCL's, on all ranks or on none
     std::unique_ptr<Watchdog> watchdog_;
@@ -220,12 +226,12 @@ NcclEngine::~NcclEngine() {
             nccl_.name);
 }
 
-int queue_all(const Nccl &nccl, Nccl::Communicator *communicator,
+int queue_all(const Nccl &nccl, Nccl::Communicator *communicator, const std::vector<int> &seats,
               const std::vector<Exchange> &exchanges, void *stream) {
     int result = nccl.group_start();
     for (size_t peer = 0; peer < exchanges.size(); ++peer) {
         const Exchange &one = exchanges[peer];
-        const int number = static_cast<int>(peer);
+        const int number = seats[peer];
         if (one.bytes == 0) continue;
         if (result == Nccl::kSuccess)
             result = nccl.send(one.send, one.bytes, Nccl::kBytes, number, communicator, stream);
@@ -245,13 +251,15 @@ mep_status_t NcclEngine::meet(mep_status_t mine, int rank, int rank_count,
         int32_t status;
     } word{};
     word.status = mine;
-    if (mine == MEP_OK && rank == 0)
+    const auto first =
+        static_cast<int>(std::find(seats_.begin(), seats_.end(), 0) - seats_.begin());
+    if (mine == MEP_OK && rank == first)
         word.status = nccl_status(nccl_, nccl_.get_unique_id(&word.id), "making a unique id");
     std::vector<Word> all(rank_count);
     const mep_status_t gathered = all_gather(&word, all.data(), sizeof word);
     if (word.status != MEP_OK) return fail(word.status, "%s: this rank is not ready", nccl_.name);
     EP_TRY(gathered);
-    *id = all[0].id;
+    *id = all[first].id;
     for (int peer = 0; peer < rank_count; ++peer)
         if (all[peer].status != MEP_OK)
             return fail(all[peer].status, "%s: rank %d is not ready", nccl_.name, peer);
@@ -273,18 +281,18 @@ mep_status_t NcclEngine::set_up(int rank, const std::vector<bool> &far, const Nc
                                 DeviceMemory memory, const Deadline &deadline) {
     const auto setup = std::make_shared<Setup>();
     const auto kept = std::make_shared<DeviceMemory>(std::move(memory));
-    Errand errand([setup, kept, far, id, rank, device = device_, &nccl = nccl_] {
+    Errand errand([setup, kept, far, id, rank, seats = seats_, count = seat_count_,
+                   device = device_, &nccl = nccl_] {
         device->enter();
-        const int rank_count = static_cast<int>(far.size());
-        setup->result = nccl.init_rank(&setup->communicator, rank_count, id, rank);
+        setup->result = nccl.init_rank(&setup->communicator, count, id, seats[rank]);
         if (setup->result != Nccl::kSuccess) return;
         if (setup->abandoned) {
             nccl.abort(setup->communicator);
             return;
         }
         setup->result =
-            queue_all(nccl, setup->communicator, trials(far, static_cast<char *>(kept->get())),
-                      device->set_up_stream());
+            queue_all(nccl, setup->communicator, seats,
+                      trials(far, static_cast<char *>(kept->get())), device->set_up_stream());
         if (setup->result == Nccl::kSuccess) setup->status = device->wait(device->set_up_stream());
     });
     if (!errand.ends_in_time(deadline)) {
@@ -324,7 +332,7 @@ mep_status_t NcclEngine::agree_on_memory(mep_status_t mine, int rank_count,
     const mep_status_t gathered = all_gather(&word, all.data(), sizeof word);
     if (mine != MEP_OK) return fail(mine, "%s", why.c_str());
     EP_TRY(gathered);
-    has_own_memory_ = std::count(all.begin(), all.end(), kOwn) == rank_count;
+    has_own_memory_ = std::count(all.begin(), all.end(), kOwn) == seat_count_;
     const auto failed = std::find(all.begin(), all.end(), kFailed);
     if (failed == all.end()) return MEP_OK;
     return fail(MEP_SYSTEM_ERROR, "%s: rank %d has no communicator", nccl_.name,
@@ -376,8 +384,9 @@ mep_status_t NcclEngine::exchange(void *channel, const Trip &trip,
         return tell(true);
     }
     EP_TRY(tell(false));
-    const mep_status_t queued = nccl_status(
-        nccl_, queue_all(nccl_, communicator_, exchanges, queue.stream), "queueing an exchange");
+    const mep_status_t queued =
+        nccl_status(nccl_, queue_all(nccl_, communicator_, seats_, exchanges, queue.stream),
+                    "queueing an exchange");
     const mep_status_t told = tell(true);  // in any case, or the watchdog would bark
     return queued != MEP_OK ? queued : told;
 }
@@ -385,10 +394,11 @@ mep_status_t NcclEngine::exchange(void *channel, const Trip &trip,
 }  // namespace
 
 mep_status_t device_engine_by_nccl(const std::shared_ptr<Device> &device, const Nccl &nccl,
-                                   int rank, const std::vector<bool> &far,
-                                   const AllGather &all_gather, const Deadline &deadline,
+                                   int rank, const std::vector<bool> &present,
+                                   const std::vector<bool> &far, const AllGather &all_gather,
+                                   const Deadline &deadline,
                                    std::unique_ptr<DeviceEngine> *engine) {
-    auto created = std::make_unique<NcclEngine>(device, nccl);
+    auto created = std::make_unique<NcclEngine>(device, nccl, present);
     EP_TRY(created->create(rank, far, all_gather, deadline));
     *engine = std::move(created);
     return MEP_OK;

@@ -46,20 +46,20 @@ class Engine {
                                   std::vector<Parcel> *receive) = 0;
 };
 
-// A collective gather of `bytes` bytes of each rank, in their order; how the ranks of an engine
-// meet.
+// A collective gather of `bytes` bytes of each rank, in their order, and zeros of ranks that are
+// not there; how the ranks of an engine meet.
 using AllGather = std::function<mep_status_t(const void *send, void *receive, size_t bytes)>;
 
-// A connection for each pair of ranks. Collective. `address`: host name or IPv4 address of this
-// machine by which the others reach it. Who connects has to know a secret that went through
-// `all_gather`.
+// A connection for each pair of ranks that are there. Collective. `address`: host name or IPv4
+// address of this machine by which the others reach it. Who connects has to know a secret that went
+// through `all_gather`.
 mep_status_t engine_by_tcp(int rank, int rank_count, const char *address,
                            const AllGather &all_gather, const Deadline &deadline,
                            std::unique_ptr<Engine> *engine);
 
-// The caller's callback: how many bytes, and then the bytes. Deadlines are the callback's own
-// affair, and if it fails, all that follows fails.
-std::unique_ptr<Engine> engine_by_callback(int rank, int rank_count,
+// The caller's callback: how many bytes, and then the bytes. `present` [rank]: who is there.
+// Deadlines are the callback's own affair, and if it fails, all that follows fails.
+std::unique_ptr<Engine> engine_by_callback(int rank, const std::vector<bool> &present,
                                            mep_all_to_all_callback_t callback, void *context);
 
 }  // namespace ep

@@ -9,8 +9,13 @@ namespace {
 
 class CallbackEngine : public Engine {
   public:
-    CallbackEngine(int rank, int rank_count, mep_all_to_all_callback_t callback, void *context)
-        : rank_(rank), rank_count_(rank_count), callback_(callback), context_(context) {}
+    CallbackEngine(int rank, const std::vector<bool> &present, mep_all_to_all_callback_t callback,
+                   void *context)
+        : rank_(rank),
+          rank_count_(static_cast<int>(present.size())),
+          present_(present),
+          callback_(callback),
+          context_(context) {}
 
     // First how many bytes, as both sides of a pair have to know.
     mep_status_t exchange(const std::vector<Parcel> &send, size_t bytes_max, const Deadline &,
@@ -19,7 +24,7 @@ class CallbackEngine : public Engine {
         std::vector<const Parcel *> parcels(rank_count_), lengths(rank_count_);
         std::vector<Parcel> sizes(rank_count_);
         for (int peer = 0; peer < rank_count_; ++peer) {
-            if (peer == rank_) continue;
+            if (!is_peer(peer)) continue;
             if ((*with)[peer]) parcels[peer] = &send[peer];
             const uint64_t bytes = (*with)[peer] ? send[peer].size() : 0;
             sizes[peer].resize(sizeof bytes);
@@ -31,7 +36,7 @@ class CallbackEngine : public Engine {
         EP_TRY(make_room(bytes_max, receive));
         EP_TRY(call(parcels, receive));
         for (int peer = 0; peer < rank_count_; ++peer) {
-            if (peer == rank_) continue;
+            if (!is_peer(peer)) continue;
             if ((*receive)[peer].empty()) (*with)[peer] = false;  // it has left this rank out
             if (!(*with)[peer]) (*receive)[peer].clear();
         }
@@ -39,11 +44,13 @@ class CallbackEngine : public Engine {
     }
 
   private:
+    bool is_peer(int rank) const { return rank != rank_ && present_[rank]; }
+
     // From each peer as much as it has said. This rank has to take it also from one that it wants
     // nothing of, or the call would not match.
     mep_status_t make_room(size_t bytes_max, std::vector<Parcel> *receive) {
         for (int peer = 0; peer < rank_count_; ++peer) {
-            if (peer == rank_) continue;
+            if (!is_peer(peer)) continue;
             uint64_t bytes = 0;
             std::memcpy(&bytes, (*receive)[peer].data(), sizeof bytes);
             failed_ = bytes > bytes_max;
@@ -79,6 +86,7 @@ class CallbackEngine : public Engine {
     }
 
     const int rank_, rank_count_;
+    const std::vector<bool> present_;
     const mep_all_to_all_callback_t callback_;
     void *const context_;
     bool failed_ = false;
@@ -87,9 +95,9 @@ class CallbackEngine : public Engine {
 
 }  // namespace
 
-std::unique_ptr<Engine> engine_by_callback(int rank, int rank_count,
+std::unique_ptr<Engine> engine_by_callback(int rank, const std::vector<bool> &present,
                                            mep_all_to_all_callback_t callback, void *context) {
-    return std::make_unique<CallbackEngine>(rank, rank_count, callback, context);
+    return std::make_unique<CallbackEngine>(rank, present, callback, context);
 }
 
 }  // namespace ep

@@ -41,13 +41,14 @@ constexpr size_t kTextMax = 256;
 
 // Where a rank listens and what one has to say there; or why it does not, in `text`.
 struct Invitation {
+    int32_t present;  // 0: there is no such rank now
     int32_t status;
     uint32_t ipv4;  // in network order
     uint32_t port;
     Secret secret;
     char text[kTextMax];
 };
-static_assert(sizeof(Invitation) == 300, "no padding travels");
+static_assert(sizeof(Invitation) == 304, "no padding travels");
 
 struct Hello {
     uint64_t magic;
@@ -120,6 +121,7 @@ mep_status_t check_invitations(const std::vector<Invitation> &invitations) {
 mep_status_t gather_invitations(const char *address, const AllGather &all_gather,
                                 Descriptor *listener, std::vector<Invitation> *invitations) {
     Invitation own = {};
+    own.present = 1;
     own.status = invite(address == nullptr ? "" : address, listener, &own);
     const std::string text = own.status == MEP_OK ? "" : last_error();
     text.copy(own.text, kTextMax - 1);
@@ -159,6 +161,7 @@ class Meeting {
     mep_status_t hold(const Deadline &deadline, std::vector<Descriptor> *sockets);
 
   private:
+    bool is_there(int rank) const { return invitations_[rank].present != 0; }
     mep_status_t call(int peer, const Deadline &deadline);
     mep_status_t answer_calls();
     mep_status_t serve_strangers();
@@ -181,7 +184,7 @@ class Meeting {
 // poll() sees, in this order: the listener, the strangers.
 mep_status_t Meeting::hold(const Deadline &deadline, std::vector<Descriptor> *sockets) {
     for (int peer = 0; peer < rank_; ++peer)
-        EP_TRY(call(peer, deadline));
+        if (is_there(peer)) EP_TRY(call(peer, deadline));
     for (;;) {
         EP_TRY(serve_strangers());
         EP_TRY(answer_calls());
@@ -286,7 +289,7 @@ std::string Meeting::objection(const Stranger &stranger) const {
     if (!equal_secrets(hello.secret, invitations_[rank_].secret)) return "its secret is wrong";
     const std::string name = "it says that it is rank " + std::to_string(hello.rank);
     if (!stranger.has_called()) return hello.rank == stranger.rank ? "" : name;
-    if (hello.rank <= rank_ || hello.rank >= rank_count_)
+    if (hello.rank <= rank_ || hello.rank >= rank_count_ || !is_there(hello.rank))
         return name + ", which is not in (" + std::to_string(rank_) + ", " +
                std::to_string(rank_count_) + ")";
     if (sockets_[hello.rank].is_open()) return name + ", which is already there";
@@ -308,14 +311,14 @@ size_t Meeting::calls_waited_for() const {
     for (const Stranger &stranger : strangers_)
         if (stranger.has_called()) ++stranger_count;
     for (int peer = rank_ + 1; peer < rank_count_; ++peer)
-        if (!sockets_[peer].is_open()) return kStrangerCountMax - stranger_count;
+        if (is_there(peer) && !sockets_[peer].is_open()) return kStrangerCountMax - stranger_count;
     return 0;
 }
 
 std::vector<int> Meeting::missing_ranks() const {
     std::vector<int> missing;
     for (int peer = 0; peer < rank_count_; ++peer)
-        if (peer != rank_ && !sockets_[peer].is_open()) missing.push_back(peer);
+        if (peer != rank_ && is_there(peer) && !sockets_[peer].is_open()) missing.push_back(peer);
     return missing;
 }
 

@@ -26,6 +26,10 @@ namespace ep::test {
 // Where the ranks of this program compute.
 bool on_cpu();
 
+// Makes this process a rank, which takes a device; ends it if there is none. For ranks that a test
+// forks itself.
+void be_rank(int rank);
+
 // This rank's device, in its thread: as tensors name it, and for the config of its group.
 mep_device_t tensor_device();
 void choose_device(mep_group_config_t *config);

@@ -33,7 +33,9 @@ void fail_on_warning(void *, int32_t, const char *message) {
     ADD_FAILURE() << "logged: " << message;
 }
 
-void take_device(int rank) {
+}  // namespace
+
+void be_rank(int rank) {
     mep_backend_info_t info{};
     info.struct_size = sizeof info;
     mep_backend_query(EP_TEST_BACKEND, &info);
@@ -43,8 +45,6 @@ void take_device(int rank) {
     must(cudaStreamCreateWithFlags(&own_stream, cudaStreamNonBlocking), "cudaStreamCreate");
     mep_log_set_callback(fail_on_warning, nullptr, MEP_LOG_WARNING);
 }
-
-}  // namespace
 
 bool on_cpu() {
     return false;
@@ -76,7 +76,7 @@ void finish() {
 void run_groups(int rank_count, const std::function<void(int, const Group &)> &body) {
     const Shared<IdOfGroup> id;
     run_forked(rank_count, kSecondsMax, [&](int rank) {
-        take_device(rank);
+        be_rank(rank);
         mep_group_config_t config = group_config(rank, rank_count, nullptr);
         config.unique_id = &id->of(rank);
         body(rank, make_group(config));

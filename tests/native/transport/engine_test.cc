@@ -81,7 +81,7 @@ struct Secret {
     uint8_t bytes[32];
 };
 struct Invitation {
-    int32_t status;
+    int32_t present, status;
     uint32_t ipv4;
     uint32_t port;
     Secret secret;
@@ -203,7 +203,7 @@ class Place {
 
     // Takes part in the all-gather as `rank`, listening at `endpoint`.
     std::vector<Invitation> gather_by_hand(int rank, Endpoint endpoint, const Secret &secret) {
-        const Invitation own = {MEP_OK, endpoint.ipv4, endpoint.port, secret, ""};
+        const Invitation own = {1, MEP_OK, endpoint.ipv4, endpoint.port, secret, ""};
         std::vector<Invitation> all(rank_count_);
         EXPECT_EQ(gather(rank, &own, all.data(), sizeof own), MEP_OK);
         return all;
@@ -682,6 +682,23 @@ TEST_F(EngineByTcp, AFailedAllGatherIsPassedOn) {
     });
     EXPECT_EQ(outcome.status, MEP_MISMATCH);
     EXPECT_TRUE(outcome.names("what went wrong")) << outcome;
+}
+
+TEST_F(EngineByTcp, ARankThatIsNotThereIsNotWaitedFor) {
+    Place place(3);
+    run_threads(3, [&](int rank) {
+        if (rank == 1) {  // as a gather among the others gives it
+            const Invitation nobody{};
+            std::vector<Invitation> all(3);
+            EXPECT_EQ(place.gather(rank, &nobody, all.data(), sizeof nobody), MEP_OK);
+            return;
+        }
+        EnginePointer engine;
+        const Outcome outcome = place.make(rank, &engine, kPlentyUs);
+        ASSERT_EQ(outcome.status, MEP_OK) << outcome;
+        const Exchanged done = exchange(engine, rank, all_but(3, {1}), 500, kPlentyUs);
+        expect_exchanged(done, rank, {1}, 500);
+    });
 }
 
 TEST_F(EngineByTcp, ARankThatDoesNotConnectIsNamedAtTheDeadline) {

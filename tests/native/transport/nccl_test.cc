@@ -85,8 +85,8 @@ class Member {
         const auto gather = [this](const void *send, void *receive, size_t bytes) {
             return mep_group_all_gather(group_, send, receive, bytes);
         };
-        status =
-            device_engine_by_nccl(device_, nccl, rank, far, gather, Deadline(timeout_us), &engine_);
+        status = device_engine_by_nccl(device_, nccl, rank, std::vector<bool>(ranks, true), far,
+                                       gather, Deadline(timeout_us), &engine_);
         if (status != MEP_OK) return;
         EXPECT_EQ(engine_->open(&channel_), MEP_OK);
         EXPECT_EQ(engine_->allocate(kBytes * ranks, &outbox_), MEP_OK);
