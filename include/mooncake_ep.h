@@ -592,6 +592,23 @@ MEP_API mep_status_t mep_buffer_query_peer(const mep_buffer_t *buffer, int32_t p
 MEP_API mep_status_t mep_buffer_query_expert_rows(const mep_buffer_t *buffer, uint64_t *rows,
                                                   int32_t count);
 
+/**
+ * The buffer's own mask, for calls with active_ranks NULL: active[0 .. count), 1 = active. Local;
+ * does not wait for the device. Errors: MEP_INVALID_ARGUMENT (count is not R).
+ */
+MEP_API mep_status_t mep_buffer_query_mask(const mep_buffer_t *buffer, int32_t *active,
+                                           int32_t count);
+
+/**
+ * Change it: mask a rank before it is late, or hear a masked one again. Every rank has a mask of
+ * its own, so the others have to be told by other means; a rank that was masked and is to be heard
+ * again must have sent as many rounds as the others (mep_group_update settles both). A rank that
+ * is not in the group stays masked. Local; calls that are queued already may still use the old one.
+ * Errors: MEP_INVALID_ARGUMENT (count is not R, a word is not 0 or 1, or this rank's own is 0).
+ */
+MEP_API mep_status_t mep_buffer_set_mask(mep_buffer_t *buffer, const int32_t *active,
+                                         int32_t count);
+
 /** What a call was waiting for when it masked a peer. */
 enum {
     MEP_WAIT_COUNTS = 1,  /**< dispatch: how many tokens the peer sends */

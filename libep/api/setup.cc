@@ -33,6 +33,12 @@ mep_status_t check_rank(const Group &group, int32_t rank, const char *name) {
                 group.rank_count());
 }
 
+mep_status_t check_mask_count(const Group &group, int32_t count) {
+    if (count == group.rank_count()) return MEP_OK;
+    return fail(MEP_INVALID_ARGUMENT, "count is %d; it must be the %d ranks of the group", count,
+                group.rank_count());
+}
+
 }  // namespace
 
 int32_t mep_version(void) {
@@ -295,6 +301,32 @@ mep_status_t mep_buffer_query_expert_rows(const mep_buffer_t *buffer, uint64_t *
     EP_TRY(buffer->buffer->expert_rows(&answer));
     std::copy(answer.begin(), answer.end(), rows);
     return MEP_OK;
+}
+
+mep_status_t mep_buffer_query_mask(const mep_buffer_t *buffer, int32_t *active, int32_t count) {
+    EP_TRY(not_null(buffer, "buffer"));
+    EP_TRY(not_null(active, "active"));
+    EP_TRY(check_mask_count(buffer->buffer->group(), count));
+    std::vector<int32_t> answer;
+    EP_TRY(buffer->buffer->read_mask(&answer));
+    std::copy(answer.begin(), answer.end(), active);
+    return MEP_OK;
+}
+
+mep_status_t mep_buffer_set_mask(mep_buffer_t *buffer, const int32_t *active, int32_t count) {
+    EP_TRY(not_null(buffer, "buffer"));
+    EP_TRY(not_null(active, "active"));
+    const Group &group = buffer->buffer->group();
+    EP_TRY(check_mask_count(group, count));
+    for (int rank = 0; rank < count; ++rank) {
+        if (active[rank] != 0 && active[rank] != 1)
+            return fail(MEP_INVALID_ARGUMENT, "active[%d] is %d; it must be 0 or 1", rank,
+                        active[rank]);
+        if (active[rank] == 0 && rank == group.rank())
+            return fail(MEP_INVALID_ARGUMENT,
+                        "active[%d] is 0; it is this rank's own, which always takes part", rank);
+    }
+    return buffer->buffer->write_mask({active, active + count});
 }
 
 mep_status_t mep_buffer_read_events(const mep_buffer_t *buffer, uint64_t *cursor,

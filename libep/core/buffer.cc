@@ -378,6 +378,20 @@ mep_status_t Buffer::events(uint64_t *cursor, int count, std::vector<mep_event_t
     return MEP_OK;
 }
 
+mep_status_t Buffer::read_mask(std::vector<int32_t> *active) const {
+    active->resize(active_seen_.size());
+    return device()->peek(active->data(), active_.get(), sizeof(int32_t) * active->size());
+}
+
+mep_status_t Buffer::write_mask(const std::vector<int32_t> &active) {
+    std::vector<int32_t> next = active;
+    for (size_t rank = 0; rank < next.size(); ++rank)
+        if (!group_->formation().is_present(static_cast<int>(rank))) next[rank] = 0;
+    EP_TRY(device()->write(active_.get(), next.data(), sizeof(int32_t) * next.size()));
+    active_seen_ = std::move(next);
+    return MEP_OK;
+}
+
 mep_status_t Buffer::set_timeout(int64_t timeout_us) {
     const uint64_t timeout_ns = timeout_in_ns(timeout_us);
     return device()->write(&static_cast<BufferState *>(state_.get())->timeout_ns, &timeout_ns,
@@ -436,8 +450,8 @@ Queue Buffer::queue(void *stream) const {
 
 mep_status_t Buffer::find_new_failures(std::vector<int> *ranks) {
     ranks->clear();
-    std::vector<int32_t> now(active_seen_.size());
-    EP_TRY(device()->read(now.data(), active_.get(), sizeof(int32_t) * now.size()));
+    std::vector<int32_t> now;
+    EP_TRY(read_mask(&now));
     for (size_t peer = 0; peer < now.size(); ++peer)
         if (active_seen_[peer] != 0 && now[peer] == 0) ranks->push_back(static_cast<int>(peer));
     active_seen_ = std::move(now);

@@ -36,7 +36,7 @@ class Buffer {
     Buffer &operator=(const Buffer &) = delete;
     ~Buffer() { group_->remove(this); }
 
-    const Group &group() const { return *group_; }
+    Group &group() const { return *group_; }
     Device *device() const { return group_->device(); }
     const BufferShape &shape() const { return shape_; }
     int thread_count() const { return workers_->count(); }
@@ -49,6 +49,10 @@ class Buffer {
 
     // The masked peers that are noted after the first `*cursor`, at most `count`; advances it.
     mep_status_t events(uint64_t *cursor, int count, std::vector<mep_event_t> *events) const;
+
+    // own_active(), on the host.
+    mep_status_t read_mask(std::vector<int32_t> *active) const;
+    mep_status_t write_mask(const std::vector<int32_t> &active);
 
     // Of rounds that bring no timeout, also those that are in graphs.
     mep_status_t set_timeout(int64_t timeout_us);

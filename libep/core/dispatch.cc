@@ -115,6 +115,10 @@ mep_status_t report_failed_peers(const Call &call, const char *operation) {
              ranks.size() == 1 ? "rank" : "ranks", names.c_str(), operation,
              static_cast<double>(timeout_us) / 1e6, ranks.size() == 1 ? "is" : "are");
     log(MEP_LOG_WARNING, "%s", last_error());
+    if (call.buffer->group().has_news_of_masks())
+        log(MEP_LOG_WARNING,
+            "masks are local, as this group has no health service: each rank finds out by itself "
+            "who is lost, and mep_group_update brings those together that are left");
     return status;
 }
 

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace ep {
@@ -46,6 +47,9 @@ class Group {
     void add(Buffer *buffer);
     void remove(Buffer *buffer);
 
+    // True the first time.
+    bool has_news_of_masks() { return !std::exchange(told_of_masks_, true); }
+
     // After leave() every collective call fails.
     void leave();
     bool left() const { return left_; }
@@ -55,7 +59,7 @@ class Group {
 
     std::atomic<int64_t> timeout_us_{0};
     int device_id_ = 0;
-    bool left_ = false;
+    bool left_ = false, told_of_masks_ = false;
     const Backend *backend_ = nullptr;
     std::shared_ptr<Device> device_;
     std::unique_ptr<Formation> formation_;

@@ -1,5 +1,6 @@
 """Expert-parallel token exchange for mixture-of-experts models: dispatch and combine."""
 
+from ._health import BufferCounters, Event, PeerCounters
 from ._lib import (
     BackendInfo,
     EpError,
@@ -10,15 +11,8 @@ from ._lib import (
     rdma_info,
     version,
 )
-from .buffer import (
-    Buffer,
-    BufferCounters,
-    BufferSizes,
-    Dispatched,
-    Handle,
-    PendingCombine,
-    PendingDispatch,
-)
+from ._rounds import Dispatched, Handle, PendingCombine, PendingDispatch
+from .buffer import Buffer, BufferSizes
 from .group import Group, Transport, World, create_unique_id, destroy_unique_id
 from .topology import Topology, TopologyGpu, TopologyNic
 
@@ -30,8 +24,10 @@ __all__ = [
     "Dispatched",
     "EpError",
     "EpTimeoutError",
+    "Event",
     "Group",
     "Handle",
+    "PeerCounters",
     "PeerFailedError",
     "PendingCombine",
     "PendingDispatch",

@@ -28,9 +28,11 @@ class Callbacks:
         all_gather: AllGather | None,
         all_to_all: AllToAll | None,
         all_to_all_on_stream: AllToAllOnStream | None,
+        member_count: int | None = None,
     ) -> None:
-        """Wrap what is given."""
+        """Wrap what is given. ``member_count``: of ranks that gather; None: all."""
         self._rank_count = rank_count
+        self._member_count = rank_count if member_count is None else member_count
         self._all_gather, self._all_to_all = all_gather, all_to_all
         self._all_to_all_on_stream = all_to_all_on_stream
         self._error: BaseException | None = None
@@ -54,11 +56,11 @@ class Callbacks:
             assert self._all_gather is not None
             gathered = list(self._all_gather(bytes(ffi.buffer(send, count))))
             lengths = [len(part) for part in gathered]
-            if lengths != [count] * self._rank_count:
+            if lengths != [count] * self._member_count:
                 raise ValueError(
-                    f"all_gather returned lengths {lengths}, not {self._rank_count} times {count}"
+                    f"all_gather returned lengths {lengths}, not {self._member_count} times {count}"
                 )
-            ffi.memmove(receive, b"".join(gathered), count * self._rank_count)
+            ffi.memmove(receive, b"".join(gathered), count * self._member_count)
         except BaseException as error:  # C cannot pass it on; it is raised again after the call
             self._error = error
             return 1

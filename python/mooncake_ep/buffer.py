@@ -8,17 +8,38 @@ handles.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
-from ._arrays import OUTPUTS, Allocator, Framework, OutputPlan, framework_of
-from ._dlpack import Slot, borrow, dtype_key
+from ._arrays import Allocator, Framework, OutputPlan, framework_of
+from ._calls import CombineCall, DispatchCall, c_combine, c_dispatch
+from ._dlpack import borrow, dtype_key
 from ._ffi import ffi
+from ._health import (
+    BufferCounters,
+    Event,
+    PeerCounters,
+    read_counters,
+    read_events,
+    read_expert_rows,
+    read_mask,
+    read_peer,
+    write_mask,
+)
 from ._lib import EpError, check, failure, lib, struct, timeout_us
+from ._rounds import (
+    PEER_FAILED,
+    Dispatched,
+    Handle,
+    PendingCombine,
+    PendingDispatch,
+    finish_dispatched,
+    received,
+    sent,
+)
 from ._streams import StreamFinder, stream_finder
 from .group import Group
 
@@ -31,14 +52,9 @@ _PAYLOADS = {
 }
 _SCALE_LAYOUTS = ("column", "row")
 _SEND = lib.MEP_PHASE_SEND
-_RECEIVE = lib.MEP_PHASE_RECEIVE
-_PEER_FAILED = lib.MEP_PEER_FAILED
 _FLOAT8 = dtype_key("float8_e4m3fn")
 _BYTES = dtype_key("uint8")
-_INPUT_COUNT = 5  # tensors of a dispatch that are not outputs
 _NULL = ffi.NULL
-_c_dispatch = lib.mep_dispatch
-_c_combine = lib.mep_combine
 
 
 @dataclass(frozen=True)
@@ -47,152 +63,6 @@ class BufferSizes:
 
     window_bytes: int
     handle_bytes: int
-
-
-@dataclass(frozen=True)
-class BufferCounters:
-    """What a buffer has counted since its creation.
-
-    invalid_expert_ids: expert ids other than -1 outside [0, experts), each treated as -1;
-    invalid_messages: messages of peers that broke a limit and were ignored.
-    """
-
-    dispatches_sent: int
-    combines_sent: int
-    invalid_expert_ids: int
-    invalid_messages: int
-
-
-class Handle:
-    """What one dispatch remembers for its combines. Made by Buffer.dispatch().
-
-    It may outlive any number of later rounds, and may be given to a later dispatch to be
-    overwritten. Its memory goes back to the buffer when the last reference to it is gone.
-    """
-
-    __slots__ = ("__weakref__", "_buffer", "_c", "_in_flight", "_token_count")
-
-    def __init__(self, buffer: Buffer, c_handle: Any) -> None:
-        """Wrap a C handle of ``buffer``."""
-        self._buffer = buffer
-        self._c = c_handle
-        self._in_flight = 0
-        self._token_count = 0
-
-    def __del__(self) -> None:
-        """Let the next dispatch have the C handle, unless a round of it was never received."""
-        if not self._in_flight:
-            self._buffer._free_handles.append(self._c)
-
-
-class Dispatched:
-    """What a dispatch received, packed by expert (L local experts, R ranks, M max_tokens).
-
-    Attributes:
-        x: [L, R*M, H]; of expert e the first count[e] rows are valid: sources in rank order, tokens
-            in their order.
-        scales: float32 [L, R*M, H/128] if x is float8_e4m3fn, else None.
-        count: int32 [L].
-        src_info: int32 [L, R*M], the token index at its source of each valid row; or None.
-        layout_range: int64 [L, R], begin << 32 | count of each source's rows; or None.
-        handle: what Buffer.combine() needs.
-    """
-
-    __slots__ = ("count", "handle", "layout_range", "scales", "src_info", "x")
-
-    def __init__(
-        self,
-        x: Any,
-        scales: Any,
-        count: Any,
-        src_info: Any = None,
-        layout_range: Any = None,
-        handle: Handle | None = None,
-    ) -> None:
-        """Bundle arrays of the caller, to be given as ``out`` to Buffer.dispatch()."""
-        self.x = x
-        self.scales = scales
-        self.count = count
-        self.src_info = src_info
-        self.layout_range = layout_range
-        self.handle = handle
-
-
-_Round = TypeVar("_Round", bound="_Pending")
-
-
-class _Pending:
-    """A round that was sent and not yet received; it keeps its arrays and C structs alive."""
-
-    __slots__ = ("_arrays", "_call", "_finish", "_handle", "_result")
-
-    def __init__(
-        self,
-        call: _DispatchCall | _CombineCall,
-        handle: Handle,
-        arrays: tuple[object, ...],
-        result: Any,
-        finish: Callable[[Any], Any] | None,
-    ) -> None:
-        handle._in_flight += 1
-        self._call: Any = call
-        self._handle = handle
-        self._arrays = arrays
-        self._result = result
-        self._finish = finish
-
-    def __del__(self) -> None:
-        """Warn if the round was never received: it counts as in flight for ever."""
-        if self._call is not None and not self._handle._buffer.closed:
-            message = "a round was sent and never received"
-            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
-
-    def _receive(self, stream: int | None) -> Any:
-        call, handle = self._call, self._handle
-        if call is None:
-            raise EpError("the round was received already")
-        buffer, waits = handle._buffer, False
-        if buffer._on_gpu or stream is not None:
-            stream, waits = buffer._stream(stream_finder(self._arrays[0]), stream)
-            call.args.stream = ffi.cast("void *", stream)
-        call.args.phases = _RECEIVE
-        status = call.function(buffer._open(), handle._c, call.args)
-        if status not in (0, _PEER_FAILED):
-            raise failure(status)
-        self._call = None
-        handle._in_flight -= 1
-        call.free.append(call)
-        if waits:
-            buffer.counters()
-        result, self._result, self._arrays = self._result, None, ()
-        return _received(result, self._finish, status)
-
-
-class PendingDispatch(_Pending):
-    """A dispatch that was sent and not yet received; dropped, it is in flight for ever."""
-
-    __slots__ = ()
-
-    def receive(self, stream: int | None = None) -> Dispatched:
-        """Wait for the tokens and pack them. Once; from any thread, but see Group about threads.
-
-        ``stream`` as for Buffer.dispatch(), and like it by default the current one of this thread.
-        If the round was sent on another stream, let this one wait for that first (an event, or
-        torch's wait_stream()), and keep the inputs until it is done. Errors: EpError (received
-        already, buffer closed), PeerFailedError.
-        """
-        result: Dispatched = self._receive(stream)
-        return result
-
-
-class PendingCombine(_Pending):
-    """A combine that was sent and not yet received; dropped, it is in flight for ever."""
-
-    __slots__ = ()
-
-    def receive(self, stream: int | None = None) -> Any:
-        """Wait for the experts' outputs and return the sums, [T, H]. As for PendingDispatch."""
-        return self._receive(stream)
 
 
 class Buffer:
@@ -264,8 +134,9 @@ class Buffer:
         self._c = buffer[0]
         self._handles = handles
         self._free_handles: list[Any] = []
-        self._dispatch_calls: list[_DispatchCall] = []
-        self._combine_calls: list[_CombineCall] = []
+        self._event_cursor = ffi.new("uint64_t *")
+        self._dispatch_calls: list[DispatchCall] = []
+        self._combine_calls: list[CombineCall] = []
         self._plans: dict[tuple[Any, ...], OutputPlan] = {}
         self._allocators: dict[tuple[Any, ...], tuple[Framework, Allocator]] = {}
         info = struct("mep_buffer_info_t")
@@ -408,7 +279,7 @@ class Buffer:
                 by an engine a later call raises this).
         """
         c_buffer = self._open()
-        call = self._dispatch_calls.pop() if self._dispatch_calls else _DispatchCall(self)
+        call = self._dispatch_calls.pop() if self._dispatch_calls else DispatchCall(self)
         args = call.args
         x_scales = None
         if type(x) is tuple:
@@ -438,22 +309,22 @@ class Buffer:
             key = (type(x), call.x.dtype, call.x.words[1], quant, scale_layout)
             plan = self._plans.get(key) or self._new_plan(key, x)
             out = call.allocate_outputs(plan)
-            finish = plan.finish and partial(_finish_dispatched, plan.finish)
+            finish = plan.finish and partial(finish_dispatched, plan.finish)
         else:
             inputs += call.borrow_outputs(out, stream)
-        status = _c_dispatch(c_buffer, handle._c, args)
-        if status not in (0, _PEER_FAILED):
+        status = c_dispatch(c_buffer, handle._c, args)
+        if status not in (0, PEER_FAILED):
             raise failure(status) from self.group._cause()
         out.handle = handle
         handle._token_count = call.x.tensor.shape[0]
         if send_only:
             arrays = (x, inputs, x_scales, topk_idx, topk_weights, active_ranks)
-            return _sent(PendingDispatch(call, handle, arrays, out, finish), status)
+            return sent(PendingDispatch(call, handle, arrays, out, finish), status)
         self._dispatch_calls.append(call)
         if waits:
             self.counters()
-        received: Dispatched = _received(out, finish, status)
-        return received
+        dispatched: Dispatched = received(out, finish, status)
+        return dispatched
 
     def combine(
         self,
@@ -487,7 +358,7 @@ class Buffer:
         """
         c_buffer = self._open()
         handle = self._check_handle(handle)
-        call = self._combine_calls.pop() if self._combine_calls else _CombineCall(self)
+        call = self._combine_calls.pop() if self._combine_calls else CombineCall(self)
         args = call.args
         waits = False
         if self._on_gpu or stream is not None:
@@ -507,27 +378,47 @@ class Buffer:
             out, finish = self._new_sums(call, x, handle._token_count)
         else:
             inputs += (borrow("out", out, call.out, True, stream),)
-        status = _c_combine(c_buffer, handle._c, args)
-        if status not in (0, _PEER_FAILED):
+        status = c_combine(c_buffer, handle._c, args)
+        if status not in (0, PEER_FAILED):
             raise failure(status) from self.group._cause()
         if send_only:
             arrays = (x, inputs, topk_weights, active_ranks)
-            return _sent(PendingCombine(call, handle, arrays, out, finish), status)
+            return sent(PendingCombine(call, handle, arrays, out, finish), status)
         self._combine_calls.append(call)
         if waits:
             self.counters()
-        return _received(out, finish, status)
+        return received(out, finish, status)
 
     def counters(self) -> BufferCounters:
         """Read what the buffer has counted since its creation."""
-        counters = struct("mep_buffer_counters_t")
-        check(lib.mep_buffer_query_counters(self._open(), counters))
-        return BufferCounters(
-            counters.dispatches_sent,
-            counters.combines_sent,
-            counters.invalid_expert_ids,
-            counters.invalid_messages,
-        )
+        return read_counters(self._open())
+
+    def peer_counters(self, peer: int) -> PeerCounters:
+        """Read what was counted of rank ``peer``, or of the own; does not wait for a GPU."""
+        return read_peer(self._open(), peer)
+
+    def expert_rows(self) -> list[int]:
+        """Tell how many rows each local expert has received [L]; does not wait for a GPU."""
+        return read_expert_rows(self._open(), self.local_experts)
+
+    def events(self) -> list[Event]:
+        """Tell which peers were masked since this was called last, and why.
+
+        Of calls with ``active_ranks`` too. Does not wait for a GPU. The last 64 are kept.
+        """
+        return read_events(self._open(), self._event_cursor)
+
+    @property
+    def mask(self) -> list[bool]:
+        """Who takes part in calls without ``active_ranks`` [R]; ranks that were late do not.
+
+        May be set, which other ranks are not told; Group.update() brings all together.
+        """
+        return read_mask(self._open(), self.group.rank_count)
+
+    @mask.setter
+    def mask(self, active: Iterable[bool]) -> None:
+        write_mask(self._open(), list(active))
 
     @property
     def closed(self) -> bool:
@@ -606,7 +497,7 @@ class Buffer:
         return plan
 
     def _new_sums(
-        self, call: _CombineCall, x: object, token_count: int
+        self, call: CombineCall, x: object, token_count: int
     ) -> tuple[Any, Callable[[Any], Any] | None]:
         """Allocate combine's output like ``x`` and describe it in ``call.out``."""
         key = (type(x), call.x.dtype, call.x.words[1])
@@ -622,100 +513,6 @@ class Buffer:
         call.out.describe(call.x.dtype, shape, strides, call.x.words[1])
         call.out.words[0] = framework.address(sums)
         return sums, framework.finish
-
-
-class _DispatchCall:
-    """The C structs of one dispatch; those of its outputs lie side by side, as OUTPUTS has them."""
-
-    __slots__ = (
-        "active_ranks",
-        "args",
-        "free",
-        "function",
-        "outputs",
-        "tensors",
-        "topk_idx",
-        "topk_weights",
-        "x",
-        "x_scales",
-    )
-
-    def __init__(self, buffer: Buffer) -> None:
-        self.free: list[_DispatchCall] = buffer._dispatch_calls
-        self.function = _c_dispatch
-        self.tensors = ffi.new("mep_tensor_t[]", _INPUT_COUNT + len(OUTPUTS))
-        slots = [Slot(self.tensors + index) for index in range(len(self.tensors))]
-        self.x, self.x_scales, self.topk_idx, self.topk_weights, self.active_ranks = slots[:5]
-        self.outputs = slots[_INPUT_COUNT:]
-        self.args = struct("mep_dispatch_args_t", x=self.x.tensor, topk_idx=self.topk_idx.tensor)
-
-    def allocate_outputs(self, plan: OutputPlan) -> Dispatched:
-        """Allocate the outputs and point the output structs at them."""
-        args, outputs = self.args, self.outputs
-        x, count, src_info, layout_range, scales = plan.allocate(outputs)
-        args.out_x, args.out_count = outputs[0].tensor, outputs[1].tensor
-        args.out_src_info = outputs[2].tensor
-        args.out_layout_range = _NULL if layout_range is None else outputs[3].tensor
-        args.out_scales = _NULL if scales is None else outputs[4].tensor
-        return Dispatched(x, scales, count, src_info, layout_range)
-
-    def borrow_outputs(self, out: Dispatched, stream: int | None) -> tuple[object, ...]:
-        """Point the output structs at the caller's arrays."""
-        if type(out) is not Dispatched:
-            raise TypeError(f"out is a {type(out).__name__}, not a Dispatched")
-        args, arrays = self.args, (out.x, out.count, out.src_info, out.layout_range, out.scales)
-        x, count, src_info, layout_range, scales = self.outputs
-        args.out_x, args.out_count = x.tensor, count.tensor
-        args.out_src_info = _NULL if out.src_info is None else src_info.tensor
-        args.out_layout_range = _NULL if out.layout_range is None else layout_range.tensor
-        args.out_scales = _NULL if out.scales is None else scales.tensor
-        return arrays, (
-            borrow("out.x", out.x, x, True, stream),
-            borrow("out.count", out.count, count, True, stream),
-            out.src_info is None or borrow("out.src_info", out.src_info, src_info, True, stream),
-            out.layout_range is None
-            or borrow("out.layout_range", out.layout_range, layout_range, True, stream),
-            out.scales is None or borrow("out.scales", out.scales, scales, True, stream),
-        )
-
-
-class _CombineCall:
-    """The C structs of one combine."""
-
-    __slots__ = ("active_ranks", "args", "free", "function", "out", "tensors", "topk_weights", "x")
-
-    def __init__(self, buffer: Buffer) -> None:
-        self.free: list[_CombineCall] = buffer._combine_calls
-        self.function = _c_combine
-        self.tensors = ffi.new("mep_tensor_t[4]")
-        slots = [Slot(self.tensors + index) for index in range(len(self.tensors))]
-        self.x, self.topk_weights, self.active_ranks, self.out = slots
-        self.args = struct("mep_combine_args_t", x=self.x.tensor, out=self.out.tensor)
-
-
-def _finish_dispatched(finish: Callable[[Any], Any], raw: Dispatched) -> Dispatched:
-    """Turn the arrays that the library filled into those that the caller gets."""
-    scales = None if raw.scales is None else finish(raw.scales)
-    x, count, src_info = finish(raw.x), finish(raw.count), finish(raw.src_info)
-    return Dispatched(x, scales, count, src_info, finish(raw.layout_range), raw.handle)
-
-
-def _sent(pending: _Round, status: int) -> _Round:
-    """Return a round that was sent; as part of the exception if a peer failed meanwhile."""
-    if status == 0:
-        return pending
-    error: Any = failure(status)
-    error.result = pending
-    raise error
-
-
-def _received(result: Any, finish: Callable[[Any], Any] | None, status: int) -> Any:
-    """Return what was received; as part of the exception if a peer failed."""
-    if status == 0:
-        return result if finish is None else finish(result)
-    error: Any = failure(status)  # first: it reads what the library said last
-    error.result = result if finish is None else finish(result)
-    raise error
 
 
 def _config(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,16 +89,30 @@ class Group:
     Errors of all of them: ValueError; NotImplementedError (backend not available); EpTimeoutError
     (names the missing ranks); EpError (ranks disagree, wrong secret, rank taken, connection lost).
 
+    Those with ``active_ranks`` may be joined by fewer ranks than rank_count: a sequence of
+    rank_count truth values, the same on all ranks, says which come; the others may come later, see
+    update().
+
     A group, and the buffers made from it, belong to one thread at a time. Use it as a context
     manager or call close().
+
+    Attributes:
+        rank, rank_count, backend, device_id: as given.
+        active_ranks: which ranks are in the group [rank_count].
     """
 
-    def __init__(self, callbacks: Callbacks | None = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        callbacks: Callbacks | None = None,
+        active_ranks: Sequence[object] | None = None,
+        **fields: Any,
+    ) -> None:
         """Join with these fields of mep_group_config_t; for the ``from_*`` methods."""
         self._callbacks = callbacks
         if callbacks is not None:
             fields |= callbacks.fields
-        config = struct("mep_group_config_t", **fields)
+        words = _mask_words(active_ranks, fields.get("rank_count", 0))
+        config = struct("mep_group_config_t", active_ranks=words, **fields)
         group = ffi.new("mep_group_t **")
         self._check(lib.mep_group_create(config, group))
         self._c = group[0]
@@ -108,7 +123,8 @@ class Group:
         self.rank_count: int = info.rank_count
         self.backend: str = _BACKEND_NAMES[info.backend]
         self.device_id: int = info.device_id
-        self.timeout_s: float = math.inf if info.timeout_us < 0 else info.timeout_us / 1e6
+        self._timeout_s = math.inf if info.timeout_us < 0 else info.timeout_us / 1e6
+        self.active_ranks = _members(active_ranks, self.rank_count)
 
     @classmethod
     def from_env(
@@ -132,15 +148,16 @@ class Group:
         *,
         rank: int,
         rank_count: int,
+        active_ranks: Sequence[object] | None = None,
         backend: str = "cpu",
         device_id: int = 0,
         timeout_s: float | None = None,
         disable_p2p: bool = False,
     ) -> Group:
-        """Join over TCP the group that create_unique_id() started."""
+        """Join over TCP the group that create_unique_id() started, at the first rank that comes."""
         fields = _fields(backend, device_id, timeout_s, disable_p2p)
         fields["unique_id"] = _unique_id(unique_id)
-        return cls(rank=rank, rank_count=rank_count, **fields)
+        return cls(None, active_ranks, rank=rank, rank_count=rank_count, **fields)
 
     @classmethod
     def from_world(
@@ -148,16 +165,21 @@ class Group:
         world: World,
         *,
         rank: int,
+        active_ranks: Sequence[object] | None = None,
         backend: str = "cpu",
         device_id: int = 0,
         timeout_s: float | None = None,
         disable_p2p: bool = False,
     ) -> Group:
-        """Join the other threads of this process that do so with the same world."""
+        """Join the other threads of this process that do so with the same world.
+
+        With ``active_ranks`` the world is of as many ranks as come.
+        """
         if not world._destroy.alive:
             raise EpError("the world is closed")
         fields = _fields(backend, device_id, timeout_s, disable_p2p)
-        group = cls(rank=rank, rank_count=world.rank_count, world=world._c, **fields)
+        rank_count = world.rank_count if active_ranks is None else len(active_ranks)
+        group = cls(None, active_ranks, rank=rank, rank_count=rank_count, world=world._c, **fields)
         group._world = world
         return group
 
@@ -170,6 +192,7 @@ class Group:
         *,
         rank: int,
         rank_count: int,
+        active_ranks: Sequence[object] | None = None,
         backend: str = "cpu",
         device_id: int = 0,
         timeout_s: float | None = None,
@@ -178,18 +201,20 @@ class Group:
         """Join over the caller's own collectives.
 
         ``all_gather`` is called now and when buffers are created, with a bytes object of the same
-        length on each rank, and returns those of all ranks in their order. What it raises is raised
-        here. ``all_to_all`` carries rows between ranks that do not reach each other's memory (None:
-        on GPUs NCCL, or MCCL, does, if all ranks have it and none share a GPU; otherwise TCP): it
-        is called while rounds are sent, with lists of memoryviews by rank, sends the first ones and
-        fills the second ones; some are empty. On GPUs, ``all_to_all_on_stream`` instead is called
-        with lists of device addresses to send from and to receive at, and of sizes in bytes, and
-        with the stream, as an integer, on which it queues that. What they raise becomes the cause
-        of an EpError.
+        length on each rank, and returns those of all ranks that come, in their order. What it
+        raises is raised here. ``all_to_all`` carries rows between ranks that do not reach each
+        other's memory (None: on GPUs NCCL, or MCCL, does, if all ranks have it and none share a
+        GPU; otherwise TCP): it is called while rounds are sent, with lists of memoryviews by rank,
+        sends the first ones and fills the second ones; some are empty. On GPUs,
+        ``all_to_all_on_stream`` instead is called with lists of device addresses to send from and
+        to receive at, and of sizes in bytes, and with the stream, as an integer, on which it queues
+        that. What they raise becomes the cause of an EpError.
         """
-        callbacks = Callbacks(rank_count, all_gather, all_to_all, all_to_all_on_stream)
+        callbacks = Callbacks(
+            rank_count, all_gather, all_to_all, all_to_all_on_stream, _count(active_ranks)
+        )
         fields = _fields(backend, device_id, timeout_s, disable_p2p)
-        return cls(callbacks, rank=rank, rank_count=rank_count, **fields)
+        return cls(callbacks, active_ranks, rank=rank, rank_count=rank_count, **fields)
 
     @classmethod
     def from_torch(
@@ -281,11 +306,73 @@ class Group:
         check(lib.mep_group_query_transport(self._open(), peer, info))
         return Transport(info.kind, text(info.name), text(info.reason))
 
+    @property
+    def timeout_s(self) -> float:
+        """Limit in seconds of each wait for another rank; math.inf: never.
+
+        May be set at any time, from any thread: calls that bring none of their own follow, also
+        those that are captured in graphs, and waits that are under way.
+        """
+        return self._timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, value: float) -> None:
+        check(lib.mep_group_set_timeout(self._open(), timeout_us(value)))
+        self._timeout_s = value
+
+    def update(
+        self,
+        active_ranks: Sequence[object] | None = None,
+        *,
+        unique_id: bytes | None = None,
+        world: World | None = None,
+        all_gather: AllGather | None = None,
+        all_to_all: AllToAll | None = None,
+        all_to_all_on_stream: AllToAllOnStream | None = None,
+        timeout_s: float | None = None,
+        disable_p2p: bool = False,
+    ) -> None:
+        """Come together anew, with the ranks that ``active_ranks`` names (None: all).
+
+        After ranks were lost, or to let some in or out. Collective among the ranks named, over a
+        new meeting point: one of ``unique_id`` (made by the first of them), ``world`` and
+        ``all_gather``. A rank that is new joins by the same ``from_*`` method and active_ranks, and
+        then makes the group's buffers in the order in which the others made them; the others return
+        from here when it has made the last. Rounds that were sent must be received before. After it
+        all the ranks named are active in every buffer's mask, and handles hold no dispatch; graphs
+        go on, with the new ranks too, where rows go through memory. ``timeout_s``: of each step.
+
+        If it fails nothing has changed, but that all_gather() and new buffers need the meeting
+        point that may be lost; another update may be tried.
+        Errors: as of joining; EpError (a round is in flight; the buffers differ).
+        """
+        members = [True] * self.rank_count if active_ranks is None else active_ranks
+        callbacks = Callbacks(
+            self.rank_count, all_gather, all_to_all, all_to_all_on_stream, _count(members)
+        )
+        fields: dict[str, Any] = {"disable_p2p": bool(disable_p2p)} | callbacks.fields
+        if unique_id is not None:
+            fields["unique_id"] = _unique_id(unique_id)
+        if world is not None:
+            fields["world"] = world._c
+        words = _mask_words(members, self.rank_count)
+        config = struct(
+            "mep_group_config_t", active_ranks=words, timeout_us=timeout_us(timeout_s), **fields
+        )
+        before, self._callbacks = self._callbacks, callbacks
+        try:
+            self._check(lib.mep_group_update(self._open(), config))
+        except BaseException:
+            self._callbacks = before
+            raise
+        self._world = world
+        self.active_ranks = _members(members, self.rank_count)
+
     def all_gather(self, data: bytes) -> list[bytes]:
         """Gather bytes of the same length, at most 1 MiB, from each rank; also a barrier.
 
-        Collective. Returns one bytes object per rank. Errors: ValueError, EpTimeoutError, EpError
-        (lengths differ).
+        Collective. Returns one bytes object per rank, zeros of those not in the group. Errors:
+        ValueError, EpTimeoutError, EpError (lengths differ).
         """
         receive = ffi.new("char[]", len(data) * self.rank_count)
         self._check(lib.mep_group_all_gather(self._open(), data, receive, len(data)))
@@ -351,6 +438,24 @@ def _fields(
         "timeout_us": timeout_us(timeout_s),
         "disable_p2p": bool(disable_p2p),
     }
+
+
+def _members(active_ranks: Sequence[object] | None, rank_count: int) -> list[bool]:
+    return [True] * rank_count if active_ranks is None else [bool(one) for one in active_ranks]
+
+
+def _count(active_ranks: Sequence[object] | None) -> int | None:
+    return None if active_ranks is None else sum(map(bool, active_ranks))
+
+
+def _mask_words(active_ranks: Sequence[object] | None, rank_count: int) -> Any:
+    """Make what the C API takes for a sequence of truth values; NULL for None."""
+    if active_ranks is None:
+        return ffi.NULL
+    words = [int(bool(one)) for one in active_ranks]
+    if len(words) != rank_count:
+        raise ValueError(f"active_ranks has {len(words)} values, not one for each of {rank_count}")
+    return ffi.new("int32_t[]", words)
 
 
 def _unique_id(unique_id: bytes) -> Any:
