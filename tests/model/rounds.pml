@@ -42,122 +42,18 @@ byte crashes = CRASHES, timeouts = TIMEOUTS;
     :: true                                                    \
     fi
 
-/* Until the condition holds; false in `came` if the peer is masked, or missed the deadline. Who is
- * dead, or has masked me, never comes: the deadline will pass. */
-#if defined(BUG_NO_DEADLINE)
-#define MISSED(peer) false
-#else
-#define MISSED(peer) (dead[peer] || MASKED(peer, me) || timeouts > 0)
-#endif
-#define AWAIT(condition, peer)                                                        \
-    if                                                                                \
-    :: atomic { MASKED(me, peer) -> came = false }                                    \
-    :: atomic { !MASKED(me, peer) && (condition) -> came = true }                     \
-    :: atomic { !MASKED(me, peer) && !(condition) && MISSED(peer) ->                  \
-                if                                                                    \
-                :: dead[peer] || MASKED(peer, me)                                     \
-                :: else -> timeouts--                                                 \
-                fi;                                                                   \
-                MASKED(me, peer) = true;                                              \
-                came = false }                                                        \
-    fi
-
-#if defined(BUG_ANY_EPOCH)
-#define IS_OF(word, m) ((word) != 0)
-#else
-#define IS_OF(word, m) ((word) == (m))
-#endif
-#if defined(BUG_SENDS_TO_MASKED)
-#define SENDS_TO(peer) (peer != me)
-#else
-#define SENDS_TO(peer) (peer != me && !MASKED(me, peer))
-#endif
-
-inline send(m) {
-    peer = 0;
-    do
-    :: peer < R ->
-       STEP;
-       if
-       :: SENDS_TO(peer) -> begun[PLACE(peer, me, m)] = m
-       :: else
-       fi;
-       peer++
-    :: else -> break
-    od;
-    peer = 0;
-    do
-    :: peer < R ->
-       if
-       :: SENDS_TO(peer) && TOKEN(me, peer, m) ->
-#if defined(BUG_FLAG_FIRST)
-          flag[PLACE(peer, me, m)] = m;
-          STEP;
-          payload[PLACE(peer, me, m)] = m
-#else
-          payload[PLACE(peer, me, m)] = m;
-          STEP;
-          flag[PLACE(peer, me, m)] = m
-#endif
-       :: else
-       fi;
-       peer++
-    :: else -> break
-    od;
-    peer = 0
-}
-
-inline receive(m) {
-    peer = 0;
-    do
-    :: peer < R && peer != me ->
-       STEP;
-       came = true;
-#if !defined(BUG_NO_BEGIN)
-       AWAIT(IS_OF(begun[PLACE(me, peer, m)], m), peer);
-#endif
-       if
-       :: came && TOKEN(peer, me, m) ->
-          AWAIT(IS_OF(flag[PLACE(me, peer, m)], m), peer);
-          if
-          :: came -> assert(payload[PLACE(me, peer, m)] == m)
-          :: else
-          fi
-       :: else
-       fi;
-       peer++
-    :: peer == me -> peer++
-    :: peer >= R -> break
-    od;
-    peer = 0;
-    came = false
-}
+/* Who is dead, or has masked me, never comes. */
+#define EXCUSED(peer) (dead[peer] || MASKED(peer, me))
+#define SENT(m) (m)
+#define WHOLE(peer, m) (m)
+#include "steps.pml"
 
 proctype Rank(byte me) {
-    byte sent = 0, oldest = 1;  /* oldest: the first that is not received */
+    byte sent = 0, oldest = 1;
     bool received[N + 2];
     byte peer = 0, m = 0;
     bool came = false;
-    do
-    :: sent < N && sent + 1 < oldest + WINDOW ->
-       send(sent + 1);
-       sent++
-    :: oldest <= sent ->
-       m = oldest;
-       do  /* any of those in flight */
-       :: m < sent -> m++
-       :: m == sent && received[m] -> m = oldest
-       :: !received[m] -> break
-       od;
-       receive(m);
-       received[m] = true;
-       m = 0;
-       do
-       :: oldest <= N && received[oldest] -> received[oldest] = false; oldest++
-       :: else -> break
-       od
-    :: oldest > N -> break
-    od;
+    rounds(N);
 gone:
     skip
 }
