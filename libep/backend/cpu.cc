@@ -1,6 +1,7 @@
 // The CPU backend: windows in POSIX shared memory, launches on the caller's thread and its workers.
 #include "backend/backend.h"
 #include "backend/cpu_levels.h"
+#include "backend/shm_names.h"
 #include "backend/window_table.h"
 #include "base/socket.h"
 #include "base/status.h"
@@ -11,7 +12,6 @@
 #include <cstring>
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -95,19 +95,14 @@ class HostWindow : public Window {
 
   private:
     mep_status_t create_shared(size_t bytes) {
-        // A name that nobody can guess, for as short as it exists.
-        uint64_t random[2];
-        if (getrandom(random, sizeof random, 0) != sizeof random)
-            return fail(MEP_SYSTEM_ERROR, "%s", system_error("getrandom", errno).c_str());
-        char name[sizeof handle_.name];
-        std::snprintf(name, sizeof name, "/mooncake_ep-%016llx%016llx",
-                      static_cast<unsigned long long>(random[0]),
-                      static_cast<unsigned long long>(random[1]));
-        const Descriptor file(shm_open(name, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600));
+        sweep_shm_names();
+        std::string name;
+        EP_TRY(new_shm_name(&name));
+        const Descriptor file(shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600));
         if (file.number() < 0)
             return fail(MEP_SYSTEM_ERROR, "creating shared memory: %s",
                         system_error("shm_open", errno).c_str());
-        std::memcpy(handle_.name, name, sizeof name);
+        std::memcpy(handle_.name, name.c_str(), name.size() + 1);
         // Takes the pages now: with none left, a later access would kill the process.
         if (const int error = posix_fallocate(file.number(), 0, static_cast<off_t>(bytes)))
             return fail(error == ENOSPC || error == ENOMEM ? MEP_OUT_OF_MEMORY : MEP_SYSTEM_ERROR,

@@ -41,9 +41,12 @@ int64_t remaining_us(const Deadline &deadline) {
     return std::max<int64_t>(left.count(), 0);
 }
 
+// Of short timeouts a small part.
 Deadline with_grace(const Deadline &deadline) {
+    constexpr int64_t kShare = 20, kAlwaysUs = 20'000;
     if (deadline.never()) return deadline;
-    return Deadline(remaining_us(deadline) + kGraceUs);
+    const int64_t grace_us = std::min(kGraceUs, deadline.timeout_us() / kShare + kAlwaysUs);
+    return Deadline(remaining_us(deadline) + grace_us);
 }
 
 Deadline at_most(const Deadline &deadline, int64_t timeout_us) {
@@ -311,13 +314,15 @@ mep_status_t Hub::give_up(const Peer &peer) const {
     return timed_out(static_cast<int64_t>(peer.request.bytes));
 }
 
+// It counts here as it does for the ranks that were answered already; the next step fails for all.
 mep_status_t Hub::answer(const void *gathered, size_t bytes, const Deadline &deadline) {
     const Reply reply = {kReplyMagic, sequence_, bytes, MEP_OK, 0};
     const std::vector<int> unreached = send_to_all(reply, gathered, with_grace(deadline));
-    if (unreached.empty()) return MEP_OK;
-    return break_off(fail(MEP_BOOTSTRAP_FAILED,
-                          "%s: the connection was lost before the answer was sent",
-                          ranks_text(unreached, rank_count_).c_str()));
+    if (!unreached.empty())
+        break_off(fail(MEP_BOOTSTRAP_FAILED,
+                       "%s: the connection was lost before the answer was sent",
+                       ranks_text(unreached, rank_count_).c_str()));
+    return MEP_OK;
 }
 
 // Returns the ranks that did not get all of it. Their connections are closed, because nothing that

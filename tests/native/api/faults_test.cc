@@ -32,13 +32,14 @@ enum class Step {
     kAfterDispatch,
     kBetweenCombineHalves,
     kAfterRound,
-    kAnyTime,  // wherever the rank is then
+    kAnyTime,   // wherever the rank is then
+    kInUpdate,  // at some time in it
     kCount
 };
 constexpr const char *kStepNames[] = {
-    "before it joins",     "as it joins",          "before its buffer",
-    "before dispatch",     "with a dispatch sent", "after dispatch",
-    "with a combine sent", "after a round",        "at any time"};
+    "before it joins",      "as it joins",    "before its buffer",   "before dispatch",
+    "with a dispatch sent", "after dispatch", "with a combine sent", "after a round",
+    "at any time",          "in an update"};
 
 struct Schedule {
     uint64_t seed;
@@ -60,7 +61,9 @@ struct Schedule {
         return s;
     }
     bool in_set_up() const { return step <= Step::kBeforeBuffer; }
-    bool by_time() const { return step == Step::kInJoin || step == Step::kAnyTime; }
+    bool by_time() const {
+        return step == Step::kInJoin || step == Step::kAnyTime || step == Step::kInUpdate;
+    }
     int signal() const { return stops ? SIGSTOP : SIGKILL; }
 };
 
@@ -70,7 +73,7 @@ std::ostream &operator<<(std::ostream &stream, const Schedule &s) {
                   << kStepNames[static_cast<int>(s.step)] << ", round " << s.round;
 }
 
-enum Mark { kJoining, kRunning, kSurvived, kWoken };
+enum Mark { kJoining, kRunning, kUpdating, kSurvived };
 
 // One process of a schedule.
 class Player {
@@ -94,11 +97,17 @@ class Player {
         stage_.meet(kRunning, schedule_.ranks);
         for (int i = 0; i < kRoundsBefore; ++i)
             round(i);
+        if (schedule_.step == Step::kInUpdate) {
+            lose_one_in_an_update();
+            return;
+        }
         if (!is_victim()) {
             expect_mask();
             stage_.reach(kSurvived);
         }
-        come_together_again();
+        ASSERT_EQ(update(1, all(), 60'000'000), MEP_OK) << mep_last_error();
+        EXPECT_EQ(mask(), all());
+        go_on(all());
     }
 
     // As the process that takes the victim's place.
@@ -116,31 +125,31 @@ class Player {
         return left;
     }
     bool is_victim() const { return rank_ == schedule_.victim; }
+    static int first_of(const std::vector<int32_t> &members) {
+        return static_cast<int>(std::find(members.begin(), members.end(), 1) - members.begin());
+    }
 
     void strike(Step step, int round) const {
         if (is_victim() && step == schedule_.step && round == schedule_.round)
             raise(schedule_.signal());
     }
 
-    // A call of a survivor has its time.
+    // A call of a survivor has its time, if it has a name.
     template <class Call>
     mep_status_t timed(const char *what, Call call) const {
         const auto began = Clock::now();
         const mep_status_t status = call();
         const auto took =
             std::chrono::duration_cast<std::chrono::microseconds>(Clock::now() - began).count();
-        if (!is_victim()) {
+        if (!is_victim() && *what != '\0') {
             EXPECT_LE(took, kLimitUs) << what << ", rank " << rank_;
         }
         return status;
     }
 
     mep_status_t create(int id, const std::vector<int32_t> &members, int64_t timeout_us) {
-        int first = 0;
-        while (members[first] == 0)
-            ++first;
         mep_group_config_t config = group_config(rank_, schedule_.ranks, nullptr);
-        config.unique_id = &stage_.id(id, rank_ == first);
+        config.unique_id = &stage_.id(id, rank_ == first_of(members));
         config.active_ranks = members.data();
         config.timeout_us = timeout_us;
         mep_group_t *group = nullptr;
@@ -151,8 +160,7 @@ class Player {
 
     // Set-up ends in time for all that are left, who then do without.
     void meet_with_a_fault() {
-        const mep_unique_id_t &id = stage_.id(0, rank_ == 0);
-        (void)id;
+        stage_.id(0, rank_ == 0);
         stage_.meet(kJoining, schedule_.ranks);
         strike(Step::kBeforeJoin, schedule_.round);
         mep_status_t status = timed("join", [&] { return create_with(0); });
@@ -280,17 +288,30 @@ class Player {
         return true;
     }
 
-    // Those that were stopped come back themselves.
-    void come_together_again() {
+    mep_status_t update(int id, const std::vector<int32_t> &members, int64_t timeout_us) {
         mep_group_config_t config{};
         config.struct_size = sizeof config;
-        const std::vector<int32_t> members = all();
         config.active_ranks = members.data();
-        config.unique_id = &stage_.id(1, rank_ == 0);
-        config.timeout_us = 60'000'000;
-        ASSERT_EQ(mep_group_update(group_.get(), &config), MEP_OK) << mep_last_error();
-        EXPECT_EQ(mask(), all());
-        go_on(all());
+        config.unique_id = &stage_.id(id, rank_ == first_of(members));
+        config.timeout_us = timeout_us;
+        return timed(timeout_us == kTimeoutUs ? "update" : "",
+                     [&] { return mep_group_update(group_.get(), &config); });
+    }
+
+    // Some may have come through it and others not. In the next one they meet again.
+    void lose_one_in_an_update() {
+        stage_.meet(kUpdating, schedule_.ranks);
+        const mep_status_t status = update(1, all(), kTimeoutUs);
+        EXPECT_TRUE(is_victim() || status == MEP_OK || status == MEP_TIMEOUT ||
+                    status == MEP_BOOTSTRAP_FAILED || status == MEP_SYSTEM_ERROR)
+            << mep_status_name(status) << ": " << mep_last_error();
+        if (is_victim()) {
+            for (;;)
+                pause();
+        }
+        ASSERT_EQ(update(2, survivors(), 60'000'000), MEP_OK) << mep_last_error();
+        expect_mask();
+        go_on(survivors());
     }
 
     const Schedule &schedule_;
@@ -315,16 +336,19 @@ void expect_survived(const Schedule &schedule) {
         ranks.push_back(actors.start([&, rank] { Player(schedule, &*stage, rank).play(); }));
     const pid_t victim = ranks[schedule.victim];
     if (schedule.by_time()) {
-        stage->await(schedule.in_set_up() ? kJoining : kRunning, schedule.ranks);
+        stage->await(schedule.step == Step::kInJoin     ? kJoining
+                     : schedule.step == Step::kInUpdate ? kUpdating
+                                                        : kRunning,
+                     schedule.ranks);
         sleep_us(schedule.delay_us);
         kill(victim, schedule.signal());
     }
-    if (schedule.in_set_up()) {
+    if (schedule.in_set_up() || schedule.step == Step::kInUpdate) {
         for (int rank = 0; rank < schedule.ranks; ++rank)
             if (rank != schedule.victim) actors.expect_end(ranks[rank]);
         kill(victim, SIGKILL);
         actors.expect_end(victim, schedule.step == Step::kInJoin ? Actors::kAnyEnd : SIGKILL);
-        return;
+        return;  // the others did without it
     }
     if (schedule.stops) {
         stage->await(kSurvived, schedule.ranks - 1);
