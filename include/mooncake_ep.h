@@ -423,8 +423,11 @@ MEP_API mep_status_t mep_group_query(const mep_group_t *group, mep_group_info_t 
  * reaches nobody; handles hold no dispatch any more; graphs that were captured before go on, with
  * the new ranks, if rows go through memory (by NCCL they have to be captured again).
  *
- * After a failure all is as it was before, but for mep_group_all_gather and mep_buffer_create,
- * which need the old meeting point; another update may be tried.
+ * A rank on which it fails stays as it was before, but for mep_group_all_gather and
+ * mep_buffer_create, which need the old meeting point; another update may be tried. If a rank is
+ * lost in the last step, the update may have failed on some ranks and not on others, as no message
+ * can settle that for all: those do not hear each other then, and the next update brings them
+ * together.
  * Errors: those of mep_group_create and mep_buffer_create; MEP_INVALID_STATE (a round is in
  * flight: receive it first); MEP_UNSUPPORTED (a new rank is reached in a way for which the buffers
  * were not made).

@@ -19,6 +19,7 @@ namespace {
 
 constexpr const char *kFolder = "/dev/shm";
 constexpr const char *kPrefix = "mooncake_ep-";
+constexpr unsigned long long kKept = 0xffffffff;  // of numbers that have more bits
 
 // Tells a process from a later one with its number; 0: there is none, or it cannot be told.
 unsigned long long start_time(int pid) {
@@ -47,7 +48,7 @@ unsigned long long pid_namespace() {
 bool is_gone(int pid, unsigned long long started) {
     if (kill(pid, 0) != 0 && errno == ESRCH) return true;
     const unsigned long long now = start_time(pid);
-    return now != 0 && now != started;
+    return now != 0 && (now & kKept) != started;
 }
 
 }  // namespace
@@ -57,17 +58,17 @@ mep_status_t new_shm_name(std::string *name) {
     if (!fill_random(random, sizeof random))
         return fail(MEP_SYSTEM_ERROR, "%s", system_error("getrandom", errno).c_str());
     char text[64];
-    const int length = std::snprintf(text, sizeof text, "/%s%llx-%x-%llx-%016llx", kPrefix,
-                                     pid_namespace() & 0xffffffff, static_cast<unsigned>(getpid()),
-                                     start_time(getpid()) & 0xffffffffff,
-                                     static_cast<unsigned long long>(random[0]));
+    const int length =
+        std::snprintf(text, sizeof text, "/%s%llx-%x-%llx-%016llx", kPrefix,
+                      pid_namespace() & kKept, static_cast<unsigned>(getpid()),
+                      start_time(getpid()) & kKept, static_cast<unsigned long long>(random[0]));
     std::snprintf(text + length, sizeof text - length, "%08x", static_cast<unsigned>(random[1]));
     *name = text;
     return MEP_OK;
 }
 
 void sweep_shm_names() {
-    const unsigned long long ours = pid_namespace() & 0xffffffff;
+    const unsigned long long ours = pid_namespace() & kKept;
     DIR *directory = opendir(kFolder);
     if (directory == nullptr) return;
     std::vector<std::string> left;

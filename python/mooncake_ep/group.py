@@ -342,8 +342,8 @@ class Group:
         all the ranks named are active in every buffer's mask, and handles hold no dispatch; graphs
         go on, with the new ranks too, where rows go through memory. ``timeout_s``: of each step.
 
-        If it fails nothing has changed, but that all_gather() and new buffers need the meeting
-        point that may be lost; another update may be tried.
+        If it fails nothing has changed here, but that all_gather() and new buffers need the
+        meeting point that may be lost; another update may be tried, also if it did not fail on all.
         Errors: as of joining; EpError (a round is in flight; the buffers differ).
         """
         members = [True] * self.rank_count if active_ranks is None else active_ranks

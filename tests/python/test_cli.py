@@ -266,6 +266,12 @@ def test_bench_prints_the_lines_that_tables_are_made_of() -> None:
     for operation in ("dispatch", "combine", "dispatch+combine"):
         pattern = rf"{re.escape(operation)}: avg={_NUMBER} us bw={_NUMBER} GB/s"
         assert sum(re.fullmatch(pattern, line) is not None for line in lines) == 1
+    for rank in range(2):
+        pattern = (
+            rf"rank {rank}: fullest_expert={_NUMBER} of the mean, "
+            rf"waited a call for rank{1 - rank}={_NUMBER}us"
+        )
+        assert sum(re.fullmatch(pattern, line) is not None for line in lines) == 1, lines
 
 
 @needs_numpy
@@ -291,6 +297,9 @@ def test_bench_json_has_all_numbers(tmp_path: Path, payload: str) -> None:
     assert report["combine"]["bytes"] == 16 * 2 * 2 * 128
     for operation in ("dispatch", "combine"):
         check_numbers(report[operation], row_bytes if operation == "dispatch" else 2 * 128)
+    rows = [sum(rank["expert_rows"]) for rank in report["counted"]]
+    assert rows == [sum(rank["rows_received"]) for rank in report["counted"]]
+    assert sum(rows) == sum(sum(rank["rows_sent"]) for rank in report["counted"]) > 0
     both = report["dispatch+combine"]
     assert both["bytes"] == report["dispatch"]["bytes"] + report["combine"]["bytes"]
 

@@ -13,7 +13,7 @@ from .arrays import random_choices, random_tokens
 from .devices import Gpu
 from .errors import CheckFailedError
 from .routing import Routing
-from .sizes import Sizes, make_buffer, transport_names
+from .sizes import Sizes, counted_by, make_buffer, transport_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +76,7 @@ def _run(context: RankContext, sizes: Sizes, gpu: Gpu) -> dict[str, Any]:
         # A peer may still be reading this rank's window.
         gpu.torch.cuda.synchronize()
         group.barrier()
+        counted = counted_by(buffer)
         mode = {
             "transport": transport_names(group),
             "window_bytes": buffer.window_bytes,
@@ -83,7 +84,7 @@ def _run(context: RankContext, sizes: Sizes, gpu: Gpu) -> dict[str, Any]:
             "l2": clock.l2,
         }
     link_rows = Routing(sizes, choices, rank=group.rank).link_rows()
-    return {"times": times, "mode": mode, "link_rows": link_rows}
+    return {"times": times, "mode": mode, "counted": counted, "link_rows": link_rows}
 
 
 class _Ours:

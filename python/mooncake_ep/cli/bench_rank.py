@@ -15,7 +15,7 @@ from .errors import CheckFailedError
 from .plain_copy import PlainCopy
 from .routing import Routing
 from .shared import FlagBarrier, share
-from .sizes import Sizes, make_buffer, transport_names
+from .sizes import Sizes, counted_by, make_buffer, transport_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,6 +68,7 @@ def _run(context: RankContext, sizes: Sizes) -> dict[str, Any]:
         )
         _check(ours, baselines, routing)
         times = _time(context, ours, baselines)
+        counted = counted_by(buffer)
         mode = {
             "transport": transport_names(group),
             "threads": buffer.threads,
@@ -75,7 +76,7 @@ def _run(context: RankContext, sizes: Sizes) -> dict[str, Any]:
         }
     for baseline in baselines:
         baseline.close()
-    return {"times": times, "mode": mode, "link_rows": routing.link_rows()}
+    return {"times": times, "mode": mode, "counted": counted, "link_rows": routing.link_rows()}
 
 
 def _time(

@@ -46,6 +46,7 @@ def make(
             "warmup": arguments.warmup,
         },
         "mode": _mode([result["runs"][-1]["mode"] for result in results]),
+        "counted": [result["runs"][-1]["counted"] for result in results],
         "machine": info.machine(),
         **facts,
     }
@@ -139,6 +140,21 @@ def show(report: dict[str, Any]) -> None:
     else:
         for operation in OPERATIONS:
             _show_operation(operation, report[operation])
+        for rank, counted in enumerate(report["counted"]):
+            _show_counted(rank, counted)
+
+
+def _show_counted(rank: int, counted: dict[str, Any]) -> None:
+    """Print how even a rank's experts are, and whom it waits for, a call."""
+    rows, waited = counted["expert_rows"], counted["waited_s"]
+    mean = sum(rows) / len(rows)
+    evenness = f"{max(rows) / mean:.2f}" if mean else "-"
+    waits = " ".join(
+        f"rank{peer}={1e6 * seconds / counted['rounds']:.1f}us"
+        for peer, seconds in enumerate(waited)
+        if peer != rank
+    )
+    print(f"rank {rank}: fullest_expert={evenness} of the mean, waited a call for {waits or '-'}")
 
 
 def _show_sweep(sweep: list[dict[str, Any]]) -> None:

@@ -217,3 +217,16 @@ def library_errors() -> Iterator[None]:
         yield
     except (ValueError, OverflowError, MemoryError, NotImplementedError) as error:
         raise UserError(str(error)) from error
+
+
+def counted_by(buffer: Buffer) -> dict[str, Any]:
+    """Tell what a buffer has counted: of each peer, and of the local experts."""
+    peers = [buffer.peer_counters(peer) for peer in range(buffer.group.rank_count)]
+    counters = buffer.counters()
+    return {
+        "rounds": counters.dispatches_sent + counters.combines_sent,
+        "rows_sent": [peer.rows_sent for peer in peers],
+        "rows_received": [peer.rows_received for peer in peers],
+        "waited_s": [peer.waited_s for peer in peers],
+        "expert_rows": buffer.expert_rows(),
+    }

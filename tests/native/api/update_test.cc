@@ -26,6 +26,8 @@ class Update : public Tidy {
         alarm(0);
         Tidy::TearDown();
     }
+    // A process that has asked cannot be forked.
+    void ask_drivers() override {}
 };
 
 mep_group_config_t config_of(int rank, const mep_unique_id_t &id,
