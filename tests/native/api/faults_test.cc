@@ -328,6 +328,10 @@ void sleep_us(int microseconds) {
 
 class Faults : public Tidy {
   protected:
+    void SetUp() override {
+        Tidy::SetUp();
+        if (!can_run(kAlarmSeconds, [] { be_rank(0); })) GTEST_SKIP() << "no device; see above";
+    }
     // A process that has asked cannot be forked.
     void ask_drivers() override {}
 };

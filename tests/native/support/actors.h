@@ -58,6 +58,13 @@ class Actors {
     bool skipped_ = false;
 };
 
+// Does a process that does this end well? False if it finds that it cannot run here.
+inline bool can_run(unsigned seconds_max, const std::function<void()> &body) {
+    Actors probe(seconds_max);
+    probe.expect_end(probe.start(body));
+    return !probe.skipped();
+}
+
 // Where they meet, in memory that they share.
 class Stage {
   public:
