@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,52 +11,11 @@ import numpy as np
 import pytest
 
 import mooncake_ep as ep
+from loads import Loads
 from ranks import run_threads
-from update_rank import RANKS, TIMEOUT_S, write_whole
+from update_rank import RANKS, TIMEOUT_S
 
-RANK = Path(__file__).with_name("update_rank.py")
 BUFFER = {"max_tokens": 4, "hidden": 64, "experts": 4, "topk": 2, "payloads": ["fp16"]}
-DEADLINE_S = 60
-
-
-class Loads:
-    """Rank processes under load, and the plans that they follow."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.progress = np.memmap(directory / "progress", np.int64, "w+", shape=(RANKS,))
-        self.plans = 0
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
-
-    def plan(self, first_round: int, active: list[bool]) -> None:
-        """Say who takes part from a round on."""
-        text = json.dumps({"round": first_round, "active": active})
-        write_whole(self.directory / f"plan{self.plans}", text.encode())
-        self.plans += 1
-
-    def start(self, rank: int) -> None:
-        """Start a rank that comes by the newest plan."""
-        command = [sys.executable, str(RANK), str(self.directory), str(rank), str(self.plans - 1)]
-        self.processes[rank] = subprocess.Popen(command)
-
-    def ahead(self) -> int:
-        """Choose a round that nobody has begun, soon."""
-        return int(self.progress.max()) + 50
-
-    def await_round(self, ranks: list[int], number: int) -> None:
-        """Wait until these ranks have done it; they must live."""
-        end = time.monotonic() + DEADLINE_S
-        while min(int(self.progress[rank]) for rank in ranks) < number:
-            for rank in ranks:
-                assert self.processes[rank].poll() is None, f"rank {rank} has ended"
-            assert time.monotonic() < end, list(self.progress)
-            time.sleep(0.002)
-
-    def finish(self) -> None:
-        """Let all ranks end."""
-        self.plan(self.ahead(), [False] * RANKS)
-        for rank, process in self.processes.items():
-            assert process.wait(DEADLINE_S) == 0, f"rank {rank}"
 
 
 def test_a_rank_that_is_killed_under_load_serves_again_soon(tmp_path: Path) -> None:
@@ -71,8 +28,7 @@ def test_a_rank_that_is_killed_under_load_serves_again_soon(tmp_path: Path) -> N
         for lost in (2, 0):  # 0: who made the id, and with it the hub of the old meeting point
             others = [rank for rank in range(RANKS) if rank != lost]
             killed = time.monotonic()
-            loads.processes[lost].kill()
-            loads.processes[lost].wait()
+            loads.kill(lost)
             loads.await_round(others, int(loads.progress.max()) + 1)
             missed = time.monotonic() - killed
             loads.plan(loads.ahead(), [True] * RANKS)
@@ -85,9 +41,7 @@ def test_a_rank_that_is_killed_under_load_serves_again_soon(tmp_path: Path) -> N
             loads.await_round(list(range(RANKS)), first + 50)
         loads.finish()
     finally:
-        for process in loads.processes.values():
-            process.kill()
-            process.wait()
+        loads.close()
 
 
 def test_ranks_come_and_go_with_a_world() -> None:

@@ -1,13 +1,16 @@
-"""A rank under load, for test_update.py: round after round, until the plan says that it is over.
+"""A rank under load, for test_update.py and soak.py: round after round, until a plan ends it.
 
-python update_rank.py DIRECTORY RANK FIRST_PLAN: the files of the directory are the plans, 0 and up:
-{"round": the first after it, "active": who takes part from then on}; the first of these ranks makes
-the unique id. "progress" has an int64 for each rank: its last round that was right.
+python update_rank.py DIRECTORY RANK PLAN: the files of the directory are the plans, 0 and up:
+{"round": the first after it, "active": who takes part from then on, "shape": of the buffer}; the
+first of these ranks makes the unique id. If the shape is another, the ranks make another buffer
+after they have come together. "progress" has an int64 for each rank: its last round that was right;
+"usage" what it takes then: descriptors, and KiB of memory.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -18,9 +21,10 @@ import numpy as np
 
 import mooncake_ep as ep
 
-RANKS, TOKENS, HIDDEN, EXPERTS, TOPK = 3, 6, 64, 6, 2
+RANKS = 3
+SHAPE = {"max_tokens": 6, "hidden": 64, "experts": 6, "topk": 2}
 TIMEOUT_S = 0.3
-LOCAL = EXPERTS // RANKS
+_USAGE_INTERVAL = 1000  # rounds
 
 
 def read_plan(directory: Path, number: int) -> Any:
@@ -33,6 +37,16 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write a file that nobody sees half written."""
     path.with_suffix(".new").write_bytes(data)
     path.with_suffix(".new").replace(path)
+
+
+def progress_of(directory: Path, mode: Any) -> Any:
+    """Map the last round of each rank."""
+    return np.memmap(directory / "progress", np.int64, mode, shape=(RANKS,))
+
+
+def usage_of(directory: Path, mode: Any) -> Any:
+    """Map what each rank takes: [rank][descriptors, KiB]."""
+    return np.memmap(directory / "usage", np.int64, mode, shape=(RANKS, 2))
 
 
 def unique_id(directory: Path, number: int, active: list[bool], rank: int) -> bytes:
@@ -53,7 +67,7 @@ class Load:
         self.directory, self.rank, self.plan = directory, rank, plan
         told = read_plan(directory, plan)
         self.active, self.round = told["active"], told["round"]
-        self.progress = np.memmap(directory / "progress", np.int64, "r+", shape=(RANKS,))
+        self.progress, self.usage = progress_of(directory, "r+"), usage_of(directory, "r+")
         self.group = ep.Group.from_unique_id(
             unique_id(directory, plan, self.active, rank),
             rank=rank,
@@ -61,10 +75,26 @@ class Load:
             active_ranks=self.active,
             timeout_s=10,
         )
-        self.buffer = ep.Buffer(
-            self.group, max_tokens=TOKENS, hidden=HIDDEN, experts=EXPERTS, topk=TOPK, threads=1
-        )
+        # The others, if there are any, still have the buffer of the plan before.
+        before = read_plan(directory, plan - 1) if plan > 0 else told
+        self.shape = before["shape"]
+        self.buffer = self.make_buffer()
+        self.take_shape(told["shape"])
+
+    def make_buffer(self) -> ep.Buffer:
+        """Make a buffer. Collective, with time for all; rounds have less."""
+        self.group.timeout_s = 10
+        buffer = ep.Buffer(self.group, threads=1, **self.shape)
         self.group.timeout_s = TIMEOUT_S
+        return buffer
+
+    def take_shape(self, shape: dict[str, int]) -> None:
+        """Go on with another buffer, if the shape is another."""
+        if shape == self.shape:
+            return
+        self.shape = shape
+        self.buffer.close()
+        self.buffer = self.make_buffer()
 
     def live(self) -> None:
         """Do rounds until a plan leaves this rank out."""
@@ -77,19 +107,30 @@ class Load:
                     return
                 new = unique_id(self.directory, self.plan, self.active, self.rank)
                 self.group.update(self.active, unique_id=new, timeout_s=10)
+                self.take_shape(told["shape"])
             self.do_round()
+            if self.round % _USAGE_INTERVAL == 0:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                self.usage[self.rank] = sum(1 for _ in Path("/proc/self/fd").iterdir()), peak
             self.progress[self.rank] = self.round
             self.round += 1
 
     def do_round(self) -> None:
         """Check one round: what comes back is each token, once for each expert that lives."""
         random = np.random.default_rng([self.round, self.rank])
-        x = random.integers(-64, 64, (TOKENS, HIDDEN)).astype(ml_dtypes.bfloat16)
-        experts = np.stack([random.permutation(EXPERTS)[:TOPK] for _ in range(TOKENS)])
-        weights = np.full((TOKENS, TOPK), 1 / TOPK, np.float32)
-        dispatched = self.hear(lambda: self.buffer.dispatch(x, experts, weights))
+        experts, topk = self.shape["experts"], self.shape["topk"]
+        tokens = int(random.integers(self.shape["max_tokens"] + 1))
+        x = random.integers(-64, 64, (tokens, self.shape["hidden"])).astype(ml_dtypes.bfloat16)
+        choices = np.stack(
+            [random.permutation(experts)[:topk] for _ in range(tokens)]
+            or [np.zeros(topk, np.int64)]
+        )[:tokens]
+        weights = np.full((tokens, topk), 1 / topk, np.float32)
+        if random.integers(200) == 0:
+            time.sleep(0.01)  # late, but not too late
+        dispatched = self.hear(lambda: self.buffer.dispatch(x, choices, weights))
         out = self.hear(lambda: self.buffer.combine(dispatched.x, dispatched.handle))
-        lives = np.array(self.active)[experts // LOCAL].mean(axis=1)
+        lives = np.array(self.active)[choices // (experts // RANKS)].mean(axis=1)
         expected = x.astype(np.float32) * lives[:, None]  # exact in bfloat16
         np.testing.assert_array_equal(out.astype(np.float32), expected)
 
