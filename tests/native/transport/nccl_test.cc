@@ -46,11 +46,14 @@ class StreamedDevice : public ForwardingDevice {
     mutable FakeStream set_up_;
 };
 
-// How ranks that are threads gather.
+constexpr int kNobody = -1;
+
+// How ranks that are threads gather, all but one that may be absent.
 class Meeting {
   public:
-    explicit Meeting(int ranks) : ranks_(ranks) {
-        EXPECT_EQ(mep_world_create(ranks, &world_), MEP_OK);
+    Meeting(int ranks, int absent) : present_(ranks, 1) {
+        if (absent != kNobody) present_[absent] = 0;
+        EXPECT_EQ(mep_world_create(absent == kNobody ? ranks : ranks - 1, &world_), MEP_OK);
     }
     Meeting(const Meeting &) = delete;
     Meeting &operator=(const Meeting &) = delete;
@@ -60,15 +63,18 @@ class Meeting {
         mep_group_config_t config{};
         config.struct_size = sizeof config;
         config.rank = rank;
-        config.rank_count = ranks_;
+        config.rank_count = static_cast<int>(present_.size());
+        config.active_ranks = present_.data();
         config.world = world_;
         mep_group_t *group = nullptr;
         EXPECT_EQ(mep_group_create(&config, &group), MEP_OK) << mep_last_error();
         return group;
     }
 
+    bool has(int rank) const { return present_[rank] != 0; }
+
   private:
-    const int ranks_;
+    std::vector<int32_t> present_;
     mep_world_t *world_ = nullptr;
 };
 
@@ -80,19 +86,22 @@ class Member {
   public:
     Member(Meeting *meeting, const Nccl &nccl, int rank, int ranks, int64_t timeout_us)
         : rank_(rank), ranks_(ranks), active_(ranks, 1), group_(meeting->join(rank)) {
-        std::vector<bool> far(ranks, true);
-        far[rank] = false;
+        std::vector<bool> present(ranks);
+        for (int peer = 0; peer < ranks; ++peer)
+            present[peer] = meeting->has(peer);
+        far_ = present;
+        far_[rank] = false;
         const auto gather = [this](const void *send, void *receive, size_t bytes) {
             return mep_group_all_gather(group_, send, receive, bytes);
         };
-        status = device_engine_by_nccl(device_, nccl, rank, std::vector<bool>(ranks, true), far,
-                                       gather, Deadline(timeout_us), &engine_);
+        status = device_engine_by_nccl(device_, nccl, rank, present, far_, gather,
+                                       Deadline(timeout_us), &engine_);
         if (status != MEP_OK) return;
         EXPECT_EQ(engine_->open(&channel_), MEP_OK);
         EXPECT_EQ(engine_->allocate(kBytes * ranks, &outbox_), MEP_OK);
         EXPECT_EQ(engine_->allocate(kBytes * ranks, &inbox_), MEP_OK);
         for (int peer = 0; peer < ranks; ++peer)
-            box_of_.push_back(peer == rank ? Far::kNear : peer);
+            box_of_.push_back(far_[peer] ? peer : Far::kNear);
     }
     Member(const Member &) = delete;
     Member &operator=(const Member &) = delete;
@@ -127,7 +136,7 @@ class Member {
         queue.stream = &stream_;
         std::vector<Exchange> exchanges(ranks_);
         for (int peer = 0; peer < ranks_; ++peer)
-            if (peer != rank_)
+            if (far_[peer])
                 exchanges[peer] = {outbox_.get() + kBytes * peer, inbox_.get() + kBytes * peer,
                                    kBytes};
         EXPECT_EQ(engine_->exchange(channel_, {round, Cargo::kMessages, Deadline(kTimeoutUs)},
@@ -139,7 +148,7 @@ class Member {
     void expect_received(int number) {
         stream_.push([this, number] {
             for (int peer = 0; peer < ranks_; ++peer)
-                for (size_t at = 0; peer != rank_ && at < kBytes; ++at)
+                for (size_t at = 0; far_[peer] && at < kBytes; ++at)
                     ASSERT_EQ(inbox_.get()[kBytes * peer + at], content(peer, rank_, number));
         });
     }
@@ -160,6 +169,7 @@ class Member {
     const std::shared_ptr<Device> device_ = std::make_shared<StreamedDevice>();
     FakeStream stream_;
     std::vector<int32_t> active_, box_of_;
+    std::vector<bool> far_;
     BufferState state_{};
     HandleState sent_{};
     mep_group_t *group_;
@@ -169,11 +179,11 @@ class Member {
 };
 
 template <class Body>
-void run(int ranks, Body body) {
-    Meeting meeting(ranks);
+void run(int ranks, Body body, int absent = kNobody) {
+    Meeting meeting(ranks, absent);
     std::vector<std::thread> threads;
     for (int rank = 0; rank < ranks; ++rank)
-        threads.emplace_back([&meeting, rank, body] { body(&meeting, rank); });
+        if (rank != absent) threads.emplace_back([&meeting, rank, body] { body(&meeting, rank); });
     for (std::thread &thread : threads)
         thread.join();
 }
@@ -196,8 +206,8 @@ int registered() {
 
 constexpr int64_t kLongUs = 60'000'000;
 
-void expect_exchanges_are_right(const Nccl &nccl) {
-    run(3, [&](Meeting *meeting, int rank) {
+void expect_exchanges_are_right(const Nccl &nccl, int absent = kNobody) {
+    const auto body = [&](Meeting *meeting, int rank) {
         Member member(meeting, nccl, rank, 3, kLongUs);
         ASSERT_EQ(member.status, MEP_OK) << mep_last_error();
         for (int number = 0; number < 4; ++number) {  // queued, not waited for
@@ -208,7 +218,8 @@ void expect_exchanges_are_right(const Nccl &nccl) {
         EXPECT_EQ(member.active(), (std::vector<int32_t>{1, 1, 1}));
         EXPECT_EQ(member.failure(), "");
         member.barrier();
-    });
+    };
+    run(3, body, absent);
 }
 
 TEST(NcclLibrary, IsFound) {
@@ -223,6 +234,11 @@ TEST(NcclLibrary, SaysWhatIsMissing) {
     EXPECT_EQ(other.version(), 0);
     const Nccl none = Nccl::load("NCCL", "/nowhere/libnccl.so.2", "nccl");
     EXPECT_EQ(none.problem.find("NCCL cannot be loaded: "), 0U) << none.problem;
+}
+
+TEST(NcclEngine, DoesWithoutARankThatIsNotThere) {
+    for (int absent = 0; absent < 3; ++absent)
+        expect_exchanges_are_right(fake(), absent);
 }
 
 TEST(NcclEngine, CarriesBoxesInTheOrderOfTheStream) {
