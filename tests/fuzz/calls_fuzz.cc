@@ -6,6 +6,7 @@
 #include <cstring>
 #include <fuzzer/FuzzedDataProvider.h>
 #include <list>
+#include <vector>
 
 namespace {
 
@@ -94,21 +95,35 @@ mep_buffer_config_t config_of(Arrays *arrays) {
     return config;
 }
 
+// A group's, and who comes.
+struct GroupConfig {
+    mep_group_config_t config{};
+    std::vector<int32_t> active;
+
+    explicit GroupConfig(Arrays *arrays) {
+        config.struct_size = arrays->size(sizeof config);
+        config.rank = arrays->rarely() ? int32_t(arrays->number()) : 0;
+        config.rank_count = arrays->rarely() ? int32_t(arrays->number()) : 1;
+        config.backend = arrays->rarely() ? int32_t(arrays->number()) : 0;
+        config.device_id = arrays->rarely() ? int32_t(arrays->number()) : 0;
+        config.disable_p2p = arrays->rarely() ? int32_t(arrays->number()) : 0;
+        config.timeout_us = arrays->rarely() ? arrays->number() : 0;
+        if (!arrays->rarely()) return;
+        active.assign(MEP_RANK_COUNT_MAX, 1);
+        for (int rank = 0; rank < 4; ++rank)
+            if (arrays->rarely()) active[rank] = int32_t(arrays->number());
+        config.active_ranks = active.data();
+    }
+};
+
 void configure(Arrays *arrays) {
     const mep_buffer_config_t config = config_of(arrays);
     mep_buffer_sizes_t sizes{};
     sizes.struct_size = arrays->size(sizeof sizes);
     told(mep_buffer_query_sizes(&config, arrays->rarely() ? int32_t(arrays->number()) : 1, &sizes));
-    mep_group_config_t group_config{};
-    group_config.struct_size = arrays->size(sizeof group_config);
-    group_config.rank = arrays->rarely() ? int32_t(arrays->number()) : 0;
-    group_config.rank_count = arrays->rarely() ? int32_t(arrays->number()) : 1;
-    group_config.backend = arrays->rarely() ? int32_t(arrays->number()) : 0;
-    group_config.device_id = arrays->rarely() ? int32_t(arrays->number()) : 0;
-    group_config.disable_p2p = arrays->rarely() ? int32_t(arrays->number()) : 0;
-    group_config.timeout_us = arrays->rarely() ? arrays->number() : 0;
+    const GroupConfig given(arrays);
     mep_group_t *group = nullptr;
-    if (told(mep_group_create(&group_config, &group)) == MEP_OK) mep_group_destroy(group);
+    if (told(mep_group_create(&given.config, &group)) == MEP_OK) mep_group_destroy(group);
 }
 
 // A group of one rank, and its buffer and handle, made anew when a call has left a round in flight.
@@ -141,12 +156,46 @@ struct Objects {
     }
 };
 
-void call(FuzzedDataProvider *input, Arrays *arrays) {
+Objects *the_objects() {
     static Objects *const objects = [] {
         auto *made = new Objects;
         made->create();
         return made;
     }();
+    return objects;
+}
+
+// What is asked beside the rounds, and updates of the group.
+void ask(FuzzedDataProvider *input, Arrays *arrays) {
+    Objects *const objects = the_objects();
+    const auto count = [&](int usual) {
+        return arrays->rarely() ? int32_t(arrays->number()) : int32_t(usual);
+    };
+    std::vector<int32_t> mask(4, 1);
+    if (arrays->rarely()) mask[0] = int32_t(arrays->number());
+    if (input->ConsumeBool())
+        told(mep_buffer_set_mask(objects->buffer, arrays->rarely() ? nullptr : mask.data(),
+                                 count(1)));
+    told(mep_buffer_query_mask(objects->buffer, mask.data(), count(1)));
+    std::vector<uint64_t> rows(kExperts);
+    told(mep_buffer_query_expert_rows(objects->buffer, rows.data(), count(kExperts)));
+    mep_peer_counters_t peer{};
+    peer.struct_size = arrays->size(sizeof peer);
+    told(mep_buffer_query_peer(objects->buffer, count(0), &peer));
+    uint64_t cursor = arrays->rarely() ? uint64_t(arrays->number()) : 0;
+    std::vector<mep_event_t> events(64);
+    int32_t event_count = 0;
+    const int32_t capacity = input->ConsumeIntegralInRange(-1, 64);
+    told(mep_buffer_read_events(objects->buffer, &cursor, events.data(), capacity, &event_count));
+    told(mep_group_set_timeout(objects->group, arrays->number()));
+    told(mep_group_set_timeout(objects->group, 0));
+    if (!arrays->rarely()) return;
+    const GroupConfig given(arrays);
+    told(mep_group_update(objects->group, &given.config));
+}
+
+void call(FuzzedDataProvider *input, Arrays *arrays) {
+    Objects *const objects = the_objects();
     const bool fp32 = input->ConsumeBool(), quant = input->ConsumeBool();
     const uint8_t code = fp32 ? MEP_TYPE_FLOAT : MEP_TYPE_BFLOAT, bits = fp32 ? 32 : 16;
     const int64_t tokens = input->ConsumeIntegralInRange(0, kTokens), rows = kTokens;
@@ -192,8 +241,11 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     FuzzedDataProvider input(data, size);
     Arrays arrays(&input);
-    if (input.ConsumeIntegralInRange(0, 7) == 0)
+    const int kind = input.ConsumeIntegralInRange(0, 7);
+    if (kind == 0)
         configure(&arrays);
+    else if (kind == 1)
+        ask(&input, &arrays);
     else
         call(&input, &arrays);
     return 0;
