@@ -4,8 +4,8 @@
 #
 #   MEP_GTEST_SOURCE_DIR   GoogleTest's sources, where it is not installed
 #   MEP_CUDA_ARCHITECTURES default: native
-#   MEP_GPU_CHECK_STEPS    which steps to run, after the build; default: native python api faults far memcheck racecheck
-#                          bench peers far_peers; far: the API where no memory of a peer is reached; far_peers: beside NCCL so;
+#   MEP_GPU_CHECK_STEPS    which steps to run, after the build; default: native gpu python api faults far memcheck
+#                          racecheck bench peers far_peers; far: the API where no memory of a peer is reached; far_peers: beside NCCL so;
 #                          maca: MACA's kernels, by its shim over CUDA (tests/maca), against the CPU bit for bit
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -56,11 +56,9 @@ build() {
     cmake -S . -B "$DIR/native" -G Ninja "${options[@]}" && cmake --build "$DIR/native"
 }
 
-native() {
-    ctest --test-dir "$DIR/native" --output-on-failure -j "$(nproc)" -E '^(gpu|[a-z]*_cuda)_test' &&
-        "$DIR/native/tests/native/gpu_test" && # alone: others would share its GPUs
-        "$DIR/native/tests/native/api_cuda_test"
-}
+native() { ctest --test-dir "$DIR/native" --output-on-failure -j "$(nproc)" -E '^(gpu|[a-z]*_cuda)_test'; }
+# Alone: others would share its GPUs.
+gpu() { "$DIR/native/tests/native/gpu_test" && "$DIR/native/tests/native/api_cuda_test"; }
 # Ranks that are killed, stopped and replaced, on GPUs.
 faults() {
     "$DIR/native/tests/native/update_cuda_test" &&
@@ -148,7 +146,7 @@ bench() {
 
 nvidia-smi -L || { echo "no NVIDIA GPU here"; exit 1; }
 step build 600 build
-for name in ${MEP_GPU_CHECK_STEPS-native python api faults far memcheck racecheck bench peers far_peers}; do
+for name in ${MEP_GPU_CHECK_STEPS-native gpu python api faults far memcheck racecheck bench peers far_peers}; do
     case $name in
         python | api | far | peers | far_peers)
             python3 -c 'import cffi, pytest, torch' 2>/dev/null ||
@@ -166,7 +164,7 @@ for name in bench peers far_peers; do
     [ ! -f "$DIR/$name.log" ] || cat "$DIR/$name.log"
 done
 echo
-for name in native maca faults far; do
+for name in native gpu maca faults far; do
     [ ! -f "$DIR/$name.log" ] || grep -hE 'tests passed|PASSED|SKIPPED|FAILED' "$DIR/$name.log"
 done
 for name in python api far; do
