@@ -5,6 +5,7 @@
 #include "mooncake_ep.h"
 
 #include "backend/backend.h"
+#include "core/buffer_shape.h"
 #include "core/group.h"
 #include "core/rounds.h"
 #include "core/wiring.h"
@@ -13,20 +14,6 @@
 #include <vector>
 
 namespace ep {
-
-// A configuration with its defaults filled in, and what follows from it.
-struct BufferShape {
-    mep_buffer_config_t config;
-    Layout layout;
-
-    // Checks `config` for a group of `rank_count`.
-    static mep_status_t of(const mep_buffer_config_t &config, int rank_count, BufferShape *shape);
-
-    // From messages by flag, as of() says, to messages by line.
-    void go_by_line();
-
-    size_t handle_bytes() const;
-};
 
 class Buffer {
   public:
