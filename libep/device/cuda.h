@@ -155,6 +155,10 @@ EP_DEVICE uint64_t now_ns() {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
     return now;
 }
+EP_DEVICE bool clock_is_due(uint32_t attempt) {
+    constexpr uint32_t kLooksPerClock = 32;
+    return attempt % kLooksPerClock == kLooksPerClock - 1;
+}
 EP_DEVICE void pause(uint32_t attempt) {
     if (attempt > 16) __nanosleep(64);
 }

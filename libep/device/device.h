@@ -30,6 +30,7 @@
 //   each
 //                                kernel's first word
 //   now_ns, pause(attempt)       for waits that end; a pause grows with the attempts before it
+//   clock_is_due(attempt)        whether to ask now_ns after so many: it costs more than a look
 //   Pack<n>, kPack               n floats that one lane handles at once, and how many are best;
 //                                rows are multiples of kPackMin
 //   fetch<T>, widen<T>, narrow<T>  a pack from memory of element type T, as floats, and to memory

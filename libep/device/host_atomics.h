@@ -46,9 +46,13 @@ inline uint64_t now_ns() {
     return uint64_t(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
 }
 
-// Spins for a while, then lets others run: there may be more ranks than cores.
+// Spins for a while, then lets others run: there may be more ranks than cores. On a loaded machine
+// that may take as long as a turn of each, so the clock is asked after every one.
+constexpr uint32_t kSpins = 64;
+inline bool clock_is_due(uint32_t attempt) {
+    return attempt >= kSpins;
+}
 inline void pause(uint32_t attempt) {
-    constexpr uint32_t kSpins = 64;
     if (attempt >= kSpins) {
         sched_yield();
         return;

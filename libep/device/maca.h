@@ -190,6 +190,10 @@ EP_DEVICE uint64_t now_ns() {
     const uint64_t ticks = clock64(), low = ticks & ((uint64_t{1} << kTickBits) - 1);
     return (ticks >> kTickBits) * tick_ns + (low * tick_ns >> kTickBits);
 }
+EP_DEVICE bool clock_is_due(uint32_t attempt) {
+    constexpr uint32_t kLooksPerClock = 32;
+    return attempt % kLooksPerClock == kLooksPerClock - 1;
+}
 EP_DEVICE void pause(uint32_t) {}  // the only known sleep has no known unit
 
 // ---- What there is not --------------------------------------------------------------------------

@@ -205,8 +205,7 @@ struct Wait {
     // Between two looks. At the deadline, masks the source.
     template <class Group>
     EP_DEVICE void lapse(uint64_t epoch, int source, Awaited awaited, uint32_t attempt) const {
-        constexpr uint32_t kLooksPerClock = 32;  // the clock costs more than a look
-        if (attempt % kLooksPerClock == kLooksPerClock - 1 && Group::rank() == 0) {
+        if (clock_is_due(attempt) && Group::rank() == 0) {
             const uint64_t waited_ns = now_ns() - began_ns;
             if (waited_ns > timeout_of(round))
                 mask(round, {0, epoch, waited_ns, source, awaited, 0, 0});
