@@ -115,6 +115,12 @@ class HostWindow : public Window {
     std::shared_ptr<Mapping> mapping_;
 };
 
+template <class Word>
+void peek_word(char *to, const char *from) {
+    const Word word = __atomic_load_n(reinterpret_cast<const Word *>(from), __ATOMIC_ACQUIRE);
+    std::memcpy(to, &word, sizeof word);
+}
+
 class Cpu : public Device {
   public:
     Cpu() {
@@ -159,13 +165,15 @@ class Cpu : public Device {
     }
 
     mep_status_t peek(void *host, const void *device, size_t bytes) override {
-        // A word at a time, as peers store them meanwhile.
-        for (size_t at = 0; at < bytes; at += sizeof(uint64_t)) {
-            const uint64_t word = __atomic_load_n(
-                reinterpret_cast<const uint64_t *>(static_cast<const char *>(device) + at),
-                __ATOMIC_ACQUIRE);
-            std::memcpy(static_cast<char *>(host) + at, &word, sizeof word);
-        }
+        // A word at a time, as peers and kernels store them meanwhile; what is less has halves.
+        const char *from = static_cast<const char *>(device);
+        char *to = static_cast<char *>(host);
+        size_t at = 0;
+        for (; at + sizeof(uint64_t) <= bytes; at += sizeof(uint64_t))
+            peek_word<uint64_t>(to + at, from + at);
+        for (; at + sizeof(uint32_t) <= bytes; at += sizeof(uint32_t))
+            peek_word<uint32_t>(to + at, from + at);
+        std::memcpy(to + at, from + at, bytes - at);
         return MEP_OK;
     }
 

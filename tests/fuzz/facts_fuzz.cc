@@ -29,7 +29,8 @@ ep::RankFacts rank_of(FuzzedDataProvider *input) {
         const std::vector<uint8_t> bytes = input->ConsumeBytes<uint8_t>(sizeof rank);
         if (!bytes.empty()) std::memcpy(&rank, bytes.data(), bytes.size());
     }
-    // As Group::gather_facts does.
+    // As Formation::gather_facts does.
+    rank.absent = input->ConsumeIntegralInRange(0, 7) == 1;
     rank.host[sizeof rank.host - 1] = rank.tcp_address[sizeof rank.tcp_address - 1] = '\0';
     return rank;
 }
@@ -57,7 +58,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
             const ep::TransportChoice back = ep::choose_transport(facts, other, one);
             check(there.kind == back.kind && there.reason == back.reason && !there.reason.empty());
             check(far[other] == (there.kind == MEP_TRANSPORT_COLLECTIVE));
-            unreachable += one < other && there.kind == MEP_TRANSPORT_NONE;
+            const bool both = facts.ranks[one].absent == 0 && facts.ranks[other].absent == 0;
+            unreachable += one < other && both && there.kind == MEP_TRANSPORT_NONE;
+            check(both || one == other || there.kind == MEP_TRANSPORT_NONE);
         }
     }
     std::string text;
