@@ -251,6 +251,7 @@ mep_status_t Buffer::events(uint64_t *cursor, int count, std::vector<mep_event_t
     constexpr uint64_t kKept = BufferState::kIncidentsKept;
     BufferState state;
     EP_TRY(device()->peek(&state, state_.get(), sizeof state));
+    if (*cursor >= state.incident_count) return MEP_OK;
     uint64_t number = *cursor + 1;
     if (state.incident_count > kKept) number = std::max(number, state.incident_count - kKept + 1);
     for (; number <= state.incident_count && count > 0; ++number, --count) {

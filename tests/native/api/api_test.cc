@@ -367,6 +367,9 @@ TEST_F(Api, TellsWhoWasLateAndForHowLong) {
             EXPECT_EQ(counters.rows_received, 0U);
             EXPECT_EQ(mep_buffer_read_events(buffer.get(), &cursor, events, 3, &count), MEP_OK);
             EXPECT_EQ(count, 0);  // it was told
+            cursor = UINT64_MAX;
+            EXPECT_EQ(mep_buffer_read_events(buffer.get(), &cursor, events, 3, &count), MEP_OK);
+            EXPECT_EQ(count, 0);
             expect_good_combine(share, buffer, handle, nullptr);
             expect_round(buffer, share.plan, share.rank);
         });
