@@ -7,6 +7,7 @@
 #include "core/buffer.h"
 #include "support/abi.h"
 #include "support/forked.h"
+#include "support/pen.h"
 #include "support/tidy.h"
 
 #include <atomic>
@@ -62,138 +63,11 @@ void each_seed(uint64_t count, const std::function<void(uint64_t)> &body) {
     }
 }
 
-// ---- Garbage ------------------------------------------------------------------------------------
-
-// Writes into the window of one rank what nobody would send.
-class Pen {
-  public:
-    Pen(const Buffer &buffer, int victim, uint64_t seed)
-        : round_(buffer->buffer->round(nullptr, nullptr, 0)),
-          layout_(round_.layout),
-          window_(round_.window(victim)),
-          victim_(victim),
-          random_(seed) {}
-
-    // Anything, anywhere, also in the name of others.
-    void scribble(uint64_t epoch) {
-        if (draw(2) == 0)
-            smear();
-        else
-            forge(near(epoch), int(draw(kRanks)));
-    }
-
-    // Everything that the hostile rank owes to its victim, so that it is not waited for in vain.
-    void pretend(uint64_t epoch) {
-        constexpr int kStrokes = 8;
-        for (int i = 0; i < kStrokes; ++i)
-            forge(near(epoch), kHostile);
-        for (int index = 0; index <= layout_.local_expert_count; ++index)
-            put(layout_.count(window_, epoch, kHostile, index), epoch, number(tokens_max()));
-        put(layout_.arrival(window_, epoch, kHostile), epoch, 0);
-        for (int token = 0; token < tokens_max(); ++token) {
-            write_message(epoch, kHostile, token);
-            write_weight(epoch, kHostile, token);
-            write_partial(epoch, kHostile, token);
-        }
-    }
-
-  private:
-    int tokens_max() const { return layout_.shape.token_count_max; }
-    uint64_t draw(uint64_t below) { return random_() % below; }
-
-    // Up to a limit, or beyond it now and then.
-    uint32_t number(int limit) {
-        constexpr uint32_t kMost = (1U << Signal::kValueBits) - 1;
-        if (draw(8) == 0) return draw(2) == 0 ? kMost : uint32_t(limit + 1);
-        return uint32_t(draw(limit + 1));
-    }
-    // Near a limit more often than not.
-    int32_t strange_number() {
-        const int32_t extremes[] = {INT32_MAX, INT32_MIN, -1, 1 << 30};
-        return draw(4) == 0 ? extremes[draw(std::size(extremes))] : int32_t(draw(8));
-    }
-    uint64_t near(uint64_t epoch) {
-        const uint64_t slots = layout_.shape.slot_count;
-        const uint64_t others[] = {epoch - 1,     epoch + 1,     epoch + 2,
-                                   epoch + slots, epoch - slots, random_()};
-        return draw(2) == 0 ? epoch : others[draw(std::size(others))];
-    }
-
-    static void put(uint64_t *word, uint64_t epoch, uint32_t value) {
-        __atomic_store_n(word, Signal::pack(epoch, value), __ATOMIC_RELEASE);
-    }
-
-    // Random words in a row; now and then to the end of the window.
-    void smear() {
-        auto *words = reinterpret_cast<uint64_t *>(window_);
-        const size_t all = layout_.bytes / sizeof(uint64_t), first = draw(all);
-        const size_t end = draw(64) == 0 ? all : std::min<size_t>(all, first + 1 + draw(40));
-        for (size_t i = first; i < end; ++i)
-            if (!is_own_count(i * sizeof(uint64_t)))
-                __atomic_store_n(&words[i], random_(), __ATOMIC_RELEASE);
-    }
-    // Is at this offset what the victim counts of its own tokens? It is left alone until the first
-    // of the tests that are disabled below passes.
-    bool is_own_count(size_t offset) const {
-        if (offset >= layout_.combine_slots) return false;
-        const size_t bytes = sizeof(uint64_t) * (layout_.local_expert_count + 1);
-        const size_t first = layout_.counts + victim_ * bytes;
-        const size_t at = offset % layout_.dispatch_slot_bytes;
-        return at >= first && at < first + bytes;
-    }
-
-    // A word or a message that says it is of `source` and of this round.
-    void forge(uint64_t epoch, int source) {
-        if (source == victim_) return;  // it has no boxes here, and its counts are its own
-        const int token = int(draw(tokens_max())), expert = int(draw(layout_.local_expert_count));
-        switch (draw(6)) {
-            case 0:
-                put(layout_.count(window_, epoch, source, expert), epoch, number(tokens_max()));
-                break;
-            case 1:
-                put(layout_.token_count(window_, epoch, source), epoch, number(tokens_max()));
-                break;
-            case 2:
-                put(layout_.arrival(window_, epoch, source), epoch, number(1));
-                break;
-            case 3:
-                write_message(epoch, source, token);
-                break;
-            case 4:
-                write_weight(epoch, source, token);
-                break;
-            default:
-                write_partial(epoch, source, token);
-        }
-    }
-    void write_message(uint64_t epoch, int source, int token) {
-        constexpr int kAgain = 8;  // while it is read
-        char *message = layout_.message(window_, epoch, victim_, source, token);
-        write_entries(message);
-        put(Layout::flag(message), epoch, number(layout_.shape.topk_max));
-        for (int i = 0; i < kAgain; ++i)
-            write_entries(message);
-    }
-    void write_entries(char *message) {
-        for (int i = 0; i < layout_.shape.topk_max; ++i)
-            Layout::entries(message)[i] = {strange_number(), strange_number(), 1, 0};
-    }
-    void write_weight(uint64_t epoch, int source, int token) {
-        char *weight = layout_.weight(window_, epoch, victim_, source, token);
-        for (int i = 0; i < layout_.shape.topk_max; ++i)
-            Layout::weight_values(weight)[i] = float(strange_number());
-        put(Layout::flag(weight), epoch, number(1));
-    }
-    void write_partial(uint64_t epoch, int source, int token) {
-        put(Layout::flag(layout_.partial(window_, epoch, victim_, source, token)), epoch, 0);
-    }
-
-    const ep::Round round_;
-    const Layout layout_;
-    char *const window_;
-    const int victim_;
-    Random random_;
-};
+// What writes into the window of `victim`, as it is mapped by `buffer`.
+Pen pen_for(const Buffer &buffer, int victim, uint64_t seed) {
+    const ep::Round round = buffer->buffer->round(nullptr, nullptr, 0);
+    return {round.layout, round.window(victim), {victim, kHostile}, seed};
+}
 
 // ---- Calls --------------------------------------------------------------------------------------
 
@@ -365,7 +239,7 @@ void play_all(const Match &match, Board *board, const Buffer &buffer, int rank) 
 // Until nobody may be written to any more.
 void write_anything(const Match &match, Board *board, const Buffer &buffer) {
     Random random(match.seed);
-    Pen pens[] = {{buffer, kVictim, random()}, {buffer, kBystander, random()}};
+    Pen pens[] = {pen_for(buffer, kVictim, random()), pen_for(buffer, kBystander, random())};
     const int victims[] = {kVictim, kBystander};
     while (board->writable > 0) {
         const int which = int(random() % 2);
@@ -429,7 +303,7 @@ void meet_anything(uint64_t seed, Board *board, int rank, const Group &group) {
 
 // The hostile rank sends nothing to its victim but what it makes up.
 void pretend_all(const Match &match, Board *board, const Buffer &buffer) {
-    Pen pen(buffer, kVictim, match.seed);
+    Pen pen = pen_for(buffer, kVictim, match.seed);
     while (board->writable > 0) {
         pen.pretend(board->epochs[kVictim]);
         ++board->strokes;
