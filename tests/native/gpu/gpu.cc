@@ -1,5 +1,8 @@
 #include "gpu/gpu.h"
 
+#include "core/buffer.h"
+#include "support/pen.h"
+
 #include <algorithm>
 #include <functional>
 
@@ -146,6 +149,7 @@ struct Round {
     const Problem &p;
     Inputs in;
     Array x, idx, weights, out_x, scales, count, info, range, y, out;
+    const Array *active = nullptr;  // or the buffer's own mask
 
     Round(const Problem &problem, const Seat &seat, int number)
         : Round(problem, seat, Inputs::of(problem, seat.rank, number)) {}
@@ -216,7 +220,9 @@ bool Round::dispatch(const Objects &o, int handle, uint32_t phases, std::string 
     args.out_count = &count.tensor;
     args.out_src_info = &info.tensor;
     args.out_layout_range = &range.tensor;
+    args.active_ranks = active == nullptr ? nullptr : &active->tensor;
     args.quant = p.quant;
+    args.timeout_us = p.timeout_us;
     args.stream = o.stream;
     return ok(mep_dispatch(o.buffer, o.handles[handle], &args), "mep_dispatch", failure) &&
            o.after_call(failure);
@@ -229,6 +235,8 @@ bool Round::combine(const Objects &o, int handle, uint32_t phases, std::string *
     args.x = &y.tensor;
     args.topk_weights = p.weights == Weights::kAtCombine ? &weights.tensor : nullptr;
     args.out = &out.tensor;
+    args.active_ranks = active == nullptr ? nullptr : &active->tensor;
+    args.timeout_us = p.timeout_us;
     args.stream = o.stream;
     return ok(mep_combine(o.buffer, o.handles[handle], &args), "mep_combine", failure) &&
            o.after_call(failure);
@@ -432,6 +440,114 @@ Results run_replays(const Problem &p, const Seat &seat, std::string *failure) {
     }
     if (!o.barrier(failure) || !o.count(&results, failure)) return {};
     return o.barrier(failure) ? std::move(results) : Results{};
+}
+
+// ---- Garbage ------------------------------------------------------------------------------------
+
+namespace {
+
+// This rank's window, and what spoils it: in the peers' names, but from here, where it is reached
+// whatever the devices are.
+class Spoiler {
+  public:
+    Spoiler(const Objects &o, const Seat &seat, uint32_t seed)
+        : Spoiler(o.buffer->buffer->round(nullptr, nullptr, 0), seat, seed) {}
+
+    // Nobody stores there meanwhile.
+    void spoil(uint64_t epoch) {
+        constexpr int kStrokes = 6;
+        copy(host_.data(), window_, cudaMemcpyDeviceToHost);
+        pen_.pretend(epoch);
+        for (int i = 0; i < kStrokes; ++i)
+            pen_.scribble(epoch);
+        copy(window_, host_.data(), cudaMemcpyHostToDevice);
+    }
+
+  private:
+    Spoiler(const ep::Round &round, const Seat &seat, uint32_t seed)
+        : on_gpu_(seat.on_gpu()),
+          window_(round.window(seat.rank)),
+          host_(round.layout.bytes / sizeof(uint64_t)),
+          pen_(round.layout, reinterpret_cast<char *>(host_.data()),
+               {seat.rank, (seat.rank + 1) % round.layout.shape.rank_count}, seed) {}
+
+    void copy(void *to, const void *from, cudaMemcpyKind kind) const {
+        const size_t bytes = host_.size() * sizeof(uint64_t);
+        if (on_gpu_)
+            must(cudaMemcpy(to, from, bytes, kind), "a copy of a window");
+        else
+            std::memcpy(to, from, bytes);
+    }
+
+    bool on_gpu_;
+    char *window_;
+    std::vector<uint64_t> host_;  // a copy of it
+    ep::test::Pen pen_;
+};
+
+// What a dispatch has written but did not tell of; "" if there is nothing.
+std::string untold(const Round &round) {
+    const Problem &p = round.p;
+    const std::vector<char> count_bytes = round.count.memory.get();
+    for (int64_t e = 0; e < p.local(); ++e) {
+        int32_t count;
+        std::memcpy(&count, &count_bytes[e * sizeof count], sizeof count);
+        const std::string expert = "local expert " + std::to_string(e) + ": ";
+        if (count < 0 || count > p.rows()) return expert + std::to_string(count) + " rows";
+        for (const Array *array : {&round.out_x, &round.info, &round.scales}) {
+            const std::vector<char> bytes = array->memory.get();
+            const size_t row_bytes = bytes.size() / (p.local() * p.rows());
+            const auto first = bytes.begin() + (e * p.rows() + count) * row_bytes;
+            const auto end = bytes.begin() + (e + 1) * p.rows() * row_bytes;
+            if (!std::all_of(first, end, [](char byte) { return byte == Array::kPoison; }))
+                return expert + "something was written behind its rows";
+        }
+    }
+    return "";
+}
+
+bool is_told(const Round &round, std::string *failure) {
+    *failure = untold(round);
+    for (const auto &[name, array] : round.outputs())
+        if (!array->memory.guards_are_whole()) *failure = std::string("beside ") + name;
+    return failure->empty();
+}
+
+// Of dispatch or of combine: sends, and receives what was spoiled, and is being spoiled.
+bool halves_among_garbage(const Objects &o, Spoiler *spoiler, uint64_t epoch,
+                          const std::function<bool(uint32_t)> &call, std::string *failure) {
+    if (!call(MEP_PHASE_SEND) || !o.await(failure) || !o.barrier(failure)) return false;
+    spoiler->spoil(epoch);
+    if (!call(MEP_PHASE_RECEIVE)) return false;
+    spoiler->spoil(epoch);
+    return o.await(failure) && o.barrier(failure);
+}
+
+}  // namespace
+
+Results run_among_garbage(const Problem &p, const Seat &seat, std::string *failure) {
+    Seat guarded = seat;
+    guarded.guard_bytes = 4096;
+    Objects o;
+    if (!o.create(p, seat, failure)) return {};
+    o.waits_after_calls = false;  // its halves wait for nobody, so none is in the way of another
+    Spoiler spoiler(o, seat, p.seed * 1009 + seat.rank);
+    Array active(guarded, MEP_TYPE_INT, 32, {p.ranks});
+    for (int number = 0; number < p.rounds; ++number) {
+        Round round(p, guarded, number);
+        round.active = &active;
+        active.memory.put(std::vector<int32_t>(p.ranks, 1).data());
+        const auto dispatch = [&](uint32_t phases) {
+            return round.dispatch(o, 0, phases, failure);
+        };
+        const auto combine = [&](uint32_t phases) { return round.combine(o, 0, phases, failure); };
+        if (!halves_among_garbage(o, &spoiler, number + 1, dispatch, failure)) return {};
+        if (!is_told(round, failure)) return {};
+        active.memory.put(std::vector<int32_t>(p.ranks, 1).data());
+        if (!halves_among_garbage(o, &spoiler, number + 1, combine, failure)) return {};
+        if (!is_told(round, failure)) return {};
+    }
+    return {};
 }
 
 std::string difference(const Results &cpu, const Results &gpu) {

@@ -37,8 +37,9 @@ struct Problem {
     Weights weights = Weights::kAtDispatch;
     uint32_t seed = 1;
     Order order = Order::kWhole;
-    int rounds = 3;  // even if crossed
-    int sms = 0;     // that a launch may fill; 0: all
+    int rounds = 3;          // even if crossed
+    int sms = 0;             // that a launch may fill; 0: all
+    int64_t timeout_us = 0;  // of a call; 0: the group's
 
     int64_t local() const { return experts / ranks; }
     int64_t rows() const { return int64_t(ranks) * tokens_max; }
@@ -51,6 +52,7 @@ struct Seat {
     const mep_unique_id_t *id = nullptr;
     // Other threads' ranks are on this GPU: a call has to end before the next is queued.
     bool shares_gpu = false;
+    size_t guard_bytes = 0;  // around each array, where nothing may be written
 
     bool on_gpu() const { return backend != MEP_BACKEND_CPU; }
 };
@@ -59,11 +61,16 @@ struct Seat {
 class Memory {
   public:
     Memory() = default;
-    Memory(bool on_gpu, size_t bytes) : on_gpu_(on_gpu), bytes_(bytes) {
+    Memory(bool on_gpu, size_t bytes, size_t guard_bytes = 0)
+        : on_gpu_(on_gpu), bytes_(bytes), guard_bytes_(guard_bytes) {
+        const size_t all = bytes + 2 * guard_bytes;
         if (on_gpu_)
-            cudaMalloc(&data_, bytes + 1);
+            cudaMalloc(&all_, all + 1);
         else
-            data_ = aligned_alloc(64, (bytes + 64) / 64 * 64);
+            all_ = aligned_alloc(kAlignment, (all + kAlignment) / kAlignment * kAlignment);
+        const std::vector<char> guard(guard_bytes, kGuard);
+        for (char *at : {before(), after()})
+            copy(at, guard.data(), guard_bytes, cudaMemcpyHostToDevice);
     }
     Memory(Memory &&other) noexcept { swap(other); }
     Memory &operator=(Memory &&other) noexcept {
@@ -72,39 +79,56 @@ class Memory {
     }
     ~Memory() {
         if (on_gpu_)
-            cudaFree(data_);
+            cudaFree(all_);
         else
-            free(data_);
+            free(all_);
     }
-    void *data() const { return data_; }
+    void *data() const { return before() + guard_bytes_; }
     size_t bytes() const { return bytes_; }
-    void put(const void *from) const { copy(data_, from, cudaMemcpyHostToDevice); }
+    void put(const void *from) const { copy(data(), from, bytes_, cudaMemcpyHostToDevice); }
     std::vector<char> get() const {
         std::vector<char> bytes(bytes_);
-        copy(bytes.data(), data_, cudaMemcpyDeviceToHost);
+        copy(bytes.data(), data(), bytes_, cudaMemcpyDeviceToHost);
         return bytes;
+    }
+    bool guards_are_whole() const {
+        const std::vector<char> whole(guard_bytes_, kGuard);
+        std::vector<char> guard(guard_bytes_);
+        for (const char *at : {before(), after()}) {
+            copy(guard.data(), at, guard_bytes_, cudaMemcpyDeviceToHost);
+            if (guard != whole) return false;
+        }
+        return true;
     }
 
   private:
+    static constexpr size_t kAlignment = 64;
+    static constexpr char kGuard = 0x5a;
+
+    char *before() const { return static_cast<char *>(all_); }
+    char *after() const { return before() + guard_bytes_ + bytes_; }
     void swap(Memory &other) {
-        std::swap(data_, other.data_);
+        std::swap(all_, other.all_);
         std::swap(bytes_, other.bytes_);
+        std::swap(guard_bytes_, other.guard_bytes_);
         std::swap(on_gpu_, other.on_gpu_);
     }
-    void copy(void *to, const void *from, cudaMemcpyKind kind) const {
-        if (bytes_ == 0) return;
+    void copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) const {
+        if (bytes == 0) return;
         if (on_gpu_)
-            cudaMemcpy(to, from, bytes_, kind);
+            cudaMemcpy(to, from, bytes, kind);
         else
-            std::memcpy(to, from, bytes_);
+            std::memcpy(to, from, bytes);
     }
-    void *data_ = nullptr;
-    size_t bytes_ = 0;
+    void *all_ = nullptr;
     bool on_gpu_ = false;
+    size_t bytes_ = 0, guard_bytes_ = 0;
 };
 
 // An array with its description.
 struct Array {
+    static constexpr char kPoison = char(0xa5);  // of what nobody has written
+
     Memory memory;
     std::vector<int64_t> shape;
     mep_tensor_t tensor{};
@@ -114,14 +138,14 @@ struct Array {
         size_t count = 1;
         for (const int64_t extent : shape)
             count *= extent;
-        memory = Memory(seat.on_gpu(), count * bits / 8);
+        memory = Memory(seat.on_gpu(), count * bits / 8, seat.guard_bytes);
         tensor.data = memory.data();
         tensor.device = {seat.on_gpu() ? MEP_DEVICE_CUDA : MEP_DEVICE_CPU,
                          seat.on_gpu() ? seat.device : 0};
         tensor.ndim = static_cast<int32_t>(shape.size());
         tensor.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
         tensor.shape = shape.data();
-        const std::vector<char> poison(memory.bytes(), char(0xa5));
+        const std::vector<char> poison(memory.bytes(), kPoison);
         memory.put(poison.data());
     }
     Array(const Array &) = delete;
@@ -150,6 +174,10 @@ Results run_rounds(const Problem &problem, const Seat &seat, std::string *failur
 // Rounds in the same arrays, whose inputs change: on a GPU as replays of one graph, with a round
 // that is called in between now and then, on another handle and other arrays.
 Results run_replays(const Problem &problem, const Seat &seat, std::string *failure);
+
+// Rounds in halves on two ranks or more; before and while each is received, what lies in this
+// rank's window is spoiled. Fails if something was written that a round does not tell of.
+Results run_among_garbage(const Problem &problem, const Seat &seat, std::string *failure);
 
 // The first array that differs; "" if none does.
 std::string difference(const Results &cpu, const Results &gpu);

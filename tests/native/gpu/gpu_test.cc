@@ -420,6 +420,25 @@ TEST(Cuda, PassesUnderASanitizer) {
     expect_same_bits(p);
 }
 
+// Ranks that are threads of one GPU, and none that waits for another, so that a sanitizer may slow
+// them down. What is spoiled is each rank's own window.
+TEST(Cuda, SurvivesGarbageInALiveWindow) {
+    NEEDS_GPU();
+    with_all_kernels([] {
+        for (const uint32_t quant : {MEP_QUANT_NONE, MEP_QUANT_FP8}) {
+            Problem p;
+            p.tokens_max = 6;
+            p.topk = 3;
+            p.quant = quant;
+            p.rounds = 6;
+            p.timeout_us = 50'000;
+            p.seed = 1 + quant;
+            SCOPED_TRACE("quant " + std::to_string(quant));
+            run_threads(p, gpu::run_among_garbage, EP_TEST_BACKEND);
+        }
+    });
+}
+
 TEST(Cuda, GivesTheBitsOfTheCpuAtDecodeAndPrefillSizes) {
     NEEDS_GPU();
     for (const int tokens_max : {128, 600}) {  // by line; by flag, counted in a launch before
