@@ -322,7 +322,7 @@ EP_DEVICE int await_count(const Wait &wait, const uint64_t *word, uint64_t epoch
     if (!wait.until_posted(word, epoch, source, Awaited::kCounts, counts, &signal)) return -1;
     if (Signal::value(signal) <= r.layout.shape.token_count_max) return Signal::value(signal);
     fetch_add(&r.state->invalid_messages, uint64_t{1});
-    mask_for_limit(r, epoch, source, Awaited::kCounts);
+    if (source != r.rank) mask_for_limit(r, epoch, source, Awaited::kCounts);
     return -1;
 }
 
@@ -335,7 +335,8 @@ EP_DEVICE void decide_begins(const DispatchArgs &a, uint64_t epoch, int expert,
     int begin = 0;
     for (int source = 0; source < ranks; ++source) {
         const bool counted = Signal::value(look(&r.routing.token_counts[source])) != 0;
-        const int count = counted ? counts[source * experts + expert] : 0;
+        const int told = counts[source * experts + expert];
+        const int count = counted && told > 0 ? told : 0;  // below 0: this rank's own, spoilt
         post(&begins[source], Signal::pack(epoch, begin));
         if (a.out_layout_range != nullptr)
             a.out_layout_range[size_t(expert) * ranks + source] = int64_t{begin} << 32 | count;

@@ -237,12 +237,14 @@ EP_DEVICE void receive_messages(const DispatchArgs &a, Mover<Rows> *mover, uint6
                                 const Role &role) {
     const Round &r = a.round;
     const int ranks = r.layout.shape.rank_count, warps = Warp::count_in_block();
+    if (ranks == 1) return;
+    // From when it is decided whose tokens count: a source sends only when its own counter has
+    // decided, which may have taken as long as this one's, if both waited for a third that is lost.
+    decided(&r.routing.token_counts[(r.rank + 1) % ranks], epoch);
+    const Wait wait(r);
     for (int step = 1; step < ranks; ++step) {
         const int source = (r.rank + step) % ranks;
         const SendOrder order(decided(&r.routing.token_counts[source], epoch), r.chunk_count_max);
-        // From here on: a source sends only when its own counter has decided, which may have taken
-        // as long as this one's, if both waited for a third that is lost.
-        const Wait wait(r);
         for (int place = role.receiver * warps + Warp::index_in_block(); place < order.size();
              place += role.receiver_count * warps)
             if (const int token = order.token(place); token >= 0)

@@ -262,7 +262,8 @@ EP_DEVICE int decided_count(const Wait &wait, uint64_t epoch, int source, const 
             return Signal::value(count) <= r.layout.shape.token_count_max ? Signal::value(count)
                                                                           : 0;
         if (!is_active(r, source)) return 0;
-        wait.lapse<Thread>(epoch, source, Awaited::kCounts, attempt);
+        if (wait.lapse<Thread>(epoch, source, Awaited::kCounts, attempt) && source == r.rank)
+            return 0;
     }
 }
 

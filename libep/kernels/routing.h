@@ -195,22 +195,28 @@ struct Wait {
             *value = look(word);
             active = is_active(round, source);
             if (!active || Signal::is_of(*value, epoch)) break;
-            lapse<Thread>(epoch, source, awaited, attempt);
+            if (lapse<Thread>(epoch, source, awaited, attempt) && source == round.rank)
+                return false;
         }
         if (counts && attempt > 0)
             fetch_add(&round.peer_counts[source].waited_ns, now_ns() - began_ns);
         return active;
     }
 
-    // Between two looks. At the deadline, masks the source.
+    // Between two looks. At the deadline, which the group's first thread hears of, masks the
+    // source. This rank itself cannot be masked; it waits for its own words, which a faulty peer
+    // may have overwritten.
     template <class Group>
-    EP_DEVICE void lapse(uint64_t epoch, int source, Awaited awaited, uint32_t attempt) const {
+    EP_DEVICE bool lapse(uint64_t epoch, int source, Awaited awaited, uint32_t attempt) const {
+        bool is_late = false;
         if (clock_is_due(attempt) && Group::rank() == 0) {
             const uint64_t waited_ns = now_ns() - began_ns;
-            if (waited_ns > timeout_of(round))
+            is_late = waited_ns > timeout_of(round);
+            if (is_late && source != round.rank)
                 mask(round, {0, epoch, waited_ns, source, awaited, 0, 0});
         }
         pause(attempt);
+        return is_late;
     }
 };
 
