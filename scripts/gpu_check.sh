@@ -109,11 +109,11 @@ sanitize() {
     for way in "1 1" "0 1" "0 0"; do
         MOONCAKE_EP_LINES=${way% *} MOONCAKE_EP_BULK_COPIES=${way#* } \
             compute-sanitizer --tool "$1" --error-exitcode 1 \
-            "$DIR/native/tests/native/gpu_test" --gtest_filter='Cuda.PassesUnderASanitizer' || return
+            "$DIR/native/tests/native/gpu_test" --gtest_filter="$2" || return
     done
 }
-memcheck() { sanitize memcheck; }
-racecheck() { sanitize racecheck; }
+memcheck() { sanitize memcheck 'Cuda.PassesUnderASanitizer:Cuda.SurvivesGarbage*'; }
+racecheck() { sanitize racecheck Cuda.PassesUnderASanitizer; }
 
 # Not MACA: its kernels and its host code, over CUDA's runtime and pairs of warps.
 maca() {

@@ -31,6 +31,10 @@ class Update : public Tidy {
     void ask_drivers() override {}
 };
 
+void ignore_warnings() {
+    mep_log_set_callback([](void *, int32_t, const char *) {}, nullptr, MEP_LOG_WARNING);
+}
+
 mep_group_config_t config_of(int rank, const mep_unique_id_t &id,
                              const std::vector<int32_t> &members) {
     mep_group_config_t config = group_config(rank, kRanks, nullptr);
@@ -149,8 +153,7 @@ TEST_F(Update, AStoppedRankThatWakesIsNotHeard) {
             stage->reach(kStarted);
             if (number == 2) {  // is stopped here; then sends on and on, whoever answers
                 stage->await(kKilled, 1);
-                mep_log_set_callback([](void *, int32_t, const char *) {}, nullptr,
-                                     MEP_LOG_WARNING);
+                ignore_warnings();
                 const Plan plan = Plan::of(rank.shape, kRanks, 99);
                 Share share(plan, number);
                 const Handle handle = make_handle(rank.buffers[0]);
@@ -326,6 +329,7 @@ TEST_F(Update, SaysWhatIsWrongWithItsArguments) {
         ranks.push_back(actors.start([&, number] {
             Rank rank(number, &*stage);
             rank.join(0, all);
+            ignore_warnings();  // of a connection that is refused
             const auto says = [&](mep_status_t status, const char *words,
                                   const mep_group_config_t &config) {
                 EXPECT_EQ(mep_group_update(rank.group.get(), &config), status);

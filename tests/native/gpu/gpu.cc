@@ -466,10 +466,19 @@ class Spoiler {
   private:
     Spoiler(const ep::Round &round, const Seat &seat, uint32_t seed)
         : on_gpu_(seat.on_gpu()),
-          window_(round.window(seat.rank)),
+          window_(address_of(round, seat)),
           host_(round.layout.bytes / sizeof(uint64_t)),
           pen_(round.layout, reinterpret_cast<char *>(host_.data()),
                {seat.rank, (seat.rank + 1) % round.layout.shape.rank_count}, seed) {}
+
+    // The table of windows is in device memory.
+    static char *address_of(const ep::Round &round, const Seat &seat) {
+        char *address = nullptr;
+        char *const *at = round.windows + seat.rank;
+        if (!seat.on_gpu()) return *at;
+        must(cudaMemcpy(&address, at, sizeof address, cudaMemcpyDeviceToHost), "the window");
+        return address;
+    }
 
     void copy(void *to, const void *from, cudaMemcpyKind kind) const {
         const size_t bytes = host_.size() * sizeof(uint64_t);
