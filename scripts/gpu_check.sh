@@ -109,10 +109,14 @@ sanitize() {
     for way in "1 1" "0 1" "0 0"; do
         MOONCAKE_EP_LINES=${way% *} MOONCAKE_EP_BULK_COPIES=${way#* } \
             compute-sanitizer --tool "$1" --error-exitcode 1 \
-            "$DIR/native/tests/native/gpu_test" --gtest_filter="$2" || return
+            "${@:3}" "$DIR/native/tests/native/gpu_test" --gtest_filter="$2" || return
     done
 }
-memcheck() { sanitize memcheck 'Cuda.PassesUnderASanitizer:Cuda.SurvivesGarbage*'; }
+# Ranks that are threads ask for peer access more than once, which is no error.
+memcheck() {
+    sanitize memcheck Cuda.PassesUnderASanitizer &&
+        sanitize memcheck Cuda.SurvivesGarbageInALiveWindow --report-api-errors no
+}
 racecheck() { sanitize racecheck Cuda.PassesUnderASanitizer; }
 
 # Not MACA: its kernels and its host code, over CUDA's runtime and pairs of warps.
