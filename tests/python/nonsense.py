@@ -10,6 +10,7 @@ import importlib
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -206,7 +207,9 @@ def foreign() -> Iterator[Any]:
         ones = torch.ones(TOKENS, HIDDEN, dtype=torch.bfloat16)
         yield from (ones, ones.to("meta"), ones.to_sparse(), torch.nn.Parameter(ones))
         yield from (ones.to(torch.complex64).conj(), ones.expand(2, TOKENS, HIDDEN))
-        yield torch.quantize_per_tensor(ones.float(), 1.0, 0, torch.qint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield torch.quantize_per_tensor(ones.float(), 1.0, 0, torch.qint8)
     with contextlib.suppress(ImportError):
         jax = importlib.import_module("jax")
         yield from (jax.numpy.ones((TOKENS, HIDDEN)), jax.numpy.zeros((TOKENS, TOPK), int))
@@ -271,6 +274,8 @@ NAMES = {
     "rounds_in_flight": "rounds_in_flight_max",
     "threads": "cpu_thread_count",
     "max_sms": "sm_count_max",
+    "active_ranks": "rank_count",
+    "mask": r"count|active(\[\d+\])?",
     "data": "bytes",
     "unique_id": "unique id",
     "rank_count": "ranks|all_gather",

@@ -226,6 +226,22 @@ void play(const Match &match, const Buffer &buffer, const Handle (&handles)[2], 
     second->combine(buffer, handles[1], MEP_PHASE_RECEIVE);
 }
 
+// What the buffer has noted is of a peer, and for a reason.
+void expect_sound_events(const Buffer &buffer, int rank) {
+    constexpr int32_t kCapacity = 64;
+    mep_event_t events[kCapacity];
+    uint64_t cursor = 0;
+    int32_t count = 0;
+    EXPECT_EQ(mep_buffer_read_events(buffer.get(), &cursor, events, kCapacity, &count), MEP_OK);
+    for (int32_t i = 0; i < count; ++i) {
+        const mep_event_t &event = events[i];
+        EXPECT_TRUE(event.peer >= 0 && event.peer < kRanks && event.peer != rank) << event.peer;
+        EXPECT_TRUE(event.phase >= MEP_WAIT_COUNTS && event.phase <= MEP_WAIT_BEGIN) << event.phase;
+        EXPECT_TRUE(event.reason == MEP_EVENT_LATE || event.reason == MEP_EVENT_LIMIT);
+        EXPECT_LE(event.round, uint64_t{kRounds});
+    }
+}
+
 void play_all(const Match &match, Board *board, const Buffer &buffer, int rank) {
     const Handle handles[] = {make_handle(buffer), make_handle(buffer)};
     for (int round = 0; round < kRounds; round += 2) {
@@ -234,6 +250,7 @@ void play_all(const Match &match, Board *board, const Buffer &buffer, int rank) 
         board->begin_round(rank, round + 1);
         play(match, buffer, handles, &first, &second);
     }
+    expect_sound_events(buffer, rank);
 }
 
 // Until nobody may be written to any more.
