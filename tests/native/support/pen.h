@@ -81,23 +81,15 @@ class Pen {
         const size_t all = layout_.bytes / sizeof(uint64_t), first = draw(all);
         const size_t end = draw(64) == 0 ? all : std::min<size_t>(all, first + 1 + draw(40));
         for (size_t i = first; i < end; ++i)
-            if (!is_own_count(i * sizeof(uint64_t))) store(&words[i], random_());
-    }
-    // Is at this offset what the victim counts of its own tokens? It is left alone until the first
-    // of the tests that are disabled in api/garbage_test.cc passes.
-    bool is_own_count(size_t offset) const {
-        if (offset >= layout_.combine_slots) return false;
-        const size_t bytes = sizeof(uint64_t) * (layout_.local_expert_count + 1);
-        const size_t first = layout_.counts + ranks_.victim * bytes;
-        const size_t at = offset % layout_.dispatch_slot_bytes;
-        return at >= first && at < first + bytes;
+            store(&words[i], random_());
     }
 
     // A word or a message that says it is of `source` and of this round.
     void forge(uint64_t epoch, int source) {
-        if (source == ranks_.victim) return;  // it has no boxes here, and its counts are its own
         const int token = int(draw(tokens_max())), expert = int(draw(layout_.local_expert_count));
-        switch (draw(6)) {
+        constexpr int kWords = 3, kKinds = 6;
+        // In the name of the victim itself there are no boxes.
+        switch (draw(source == ranks_.victim ? kWords : kKinds)) {
             case 0:
                 put(layout_.count(window_, epoch, source, expert), epoch, number(tokens_max()));
                 break;
