@@ -69,6 +69,18 @@ def text(characters: Any) -> str:
     return str(ffi.string(characters).decode(errors="replace"))
 
 
+def c_text(value: str, name: str) -> bytes:
+    """Encode a text for the library, which would not see what stands behind a NUL."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a {type(value).__name__}, not a str")
+    if "\0" in value:
+        raise ValueError(f"{name} {value!r} has a NUL in it")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} {value!r} cannot be encoded: {error}") from None
+
+
 def failure(status: int) -> Exception:
     """Make the exception that this thread's last failed call stands for."""
     message = text(lib.mep_last_error())

@@ -18,7 +18,18 @@ from ._callbacks import (
     torch_engines,
 )
 from ._ffi import ffi
-from ._lib import BACKENDS, EpError, backend_code, check, failure, lib, struct, text, timeout_us
+from ._lib import (
+    BACKENDS,
+    EpError,
+    backend_code,
+    c_text,
+    check,
+    failure,
+    lib,
+    struct,
+    text,
+    timeout_us,
+)
 
 _BACKEND_NAMES = {code: name for name, code in BACKENDS.items()}
 _BARRIER = b"\0"
@@ -45,7 +56,11 @@ def create_unique_id(address: str | None = None) -> bytes:
     destroyed. Errors: ValueError (address unknown), EpError.
     """
     unique_id = ffi.new("mep_unique_id_t *")
-    check(lib.mep_unique_id_create(ffi.NULL if address is None else address.encode(), unique_id))
+    check(
+        lib.mep_unique_id_create(
+            ffi.NULL if address is None else c_text(address, "address"), unique_id
+        )
+    )
     return bytes(ffi.buffer(unique_id))
 
 
@@ -175,11 +190,10 @@ class Group:
 
         With ``active_ranks`` the world is of as many ranks as come.
         """
-        if not world._destroy.alive:
-            raise EpError("the world is closed")
         fields = _fields(backend, device_id, timeout_s, disable_p2p)
+        fields["world"] = _open_world(world)
         rank_count = world.rank_count if active_ranks is None else len(active_ranks)
-        group = cls(None, active_ranks, rank=rank, rank_count=rank_count, world=world._c, **fields)
+        group = cls(None, active_ranks, rank=rank, rank_count=rank_count, **fields)
         group._world = world
         return group
 
@@ -354,7 +368,7 @@ class Group:
         if unique_id is not None:
             fields["unique_id"] = _unique_id(unique_id)
         if world is not None:
-            fields["world"] = world._c
+            fields["world"] = _open_world(world)
         words = _mask_words(members, self.rank_count)
         config = struct(
             "mep_group_config_t", active_ranks=words, timeout_us=timeout_us(timeout_s), **fields
@@ -427,6 +441,15 @@ class Group:
             raise raised
         if status != 0:
             raise failure(status)
+
+
+def _open_world(world: World) -> Any:
+    """Return the ``mep_world_t *`` of an open world."""
+    if not isinstance(world, World):
+        raise TypeError(f"world is a {type(world).__name__}, not a World")
+    if not world._destroy.alive:
+        raise EpError("the world is closed")
+    return world._c
 
 
 def _fields(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._ffi import ffi
-from ._lib import check, lib, text
+from ._lib import c_text, check, lib, text
 
 _UNKNOWN = "-"
 
@@ -66,7 +66,7 @@ class Topology:
     def load(cls, saved: str) -> Topology:
         """Make one from the text of another. ValueError names the line that is wrong."""
         topology = ffi.new("mep_topology_t **")
-        check(lib.mep_topology_load(saved.encode(), topology))
+        check(lib.mep_topology_load(c_text(saved, "saved"), topology))
         return cls(topology[0])
 
     def apply_smi(self, tool: str, matrix: str) -> None:
@@ -74,7 +74,7 @@ class Topology:
 
         ValueError names the row, the column and the cell; nothing is changed then.
         """
-        check(lib.mep_topology_apply_smi(self._c, tool.encode(), matrix.encode()))
+        check(lib.mep_topology_apply_smi(self._c, c_text(tool, "tool"), c_text(matrix, "matrix")))
 
     @property
     def text(self) -> str:
@@ -90,7 +90,7 @@ class Topology:
         ValueError names a GPU or NIC that does not exist.
         """
         name = ffi.new("char **")
-        chosen = ffi.NULL if only is None else only.encode()
+        chosen = ffi.NULL if only is None else c_text(only, "only")
         check(lib.mep_topology_nic(self._c, gpu, chosen, name))
         return text(name[0])
 

@@ -359,7 +359,8 @@ TEST_F(Api, TellsWhoWasLateAndForHowLong) {
                              getenv("MOONCAKE_EP_ISLAND_RANKS") != nullptr;
             EXPECT_EQ(events[0].phase, far ? MEP_WAIT_EXCHANGE : MEP_WAIT_COUNTS);
             EXPECT_EQ(events[0].round, 1U);
-            EXPECT_GE(events[0].waited_us, kShortUs);
+            // What an engine waits is a part of its call, whose deadline begins with it.
+            EXPECT_GE(events[0].waited_us, far ? kShortUs / 2 : kShortUs);
             mep_peer_counters_t counters{};
             counters.struct_size = sizeof counters;
             EXPECT_EQ(mep_buffer_query_peer(buffer.get(), 2, &counters), MEP_OK);
