@@ -111,21 +111,19 @@ TEST_F(Update, AKilledRankIsReplaced) {
     const Shared<Stage> stage;
     Actors actors(kAlarmSeconds);
     const std::vector<int32_t> all(kRanks, 1);
-    std::vector<pid_t> ranks;
-    for (int number = 0; number < kRanks; ++number)
-        ranks.push_back(actors.start([&, number] {
-            Rank rank(number, &*stage);
-            rank.join(0, all);
-            rank.expect_rounds(10, 5, all);
-            stage->reach(kStarted);
-            while (number == 2)
-                pause();
-            stage->await(kKilled, 1);
-            rank.expect_loss(20, 2);
-            rank.expect_rounds(30, 3, {1, 1, 0});
-            EXPECT_EQ(rank.update(1, all), MEP_OK) << mep_last_error();
-            rank.expect_rounds(40, 20, all);
-        }));
+    std::vector<pid_t> ranks = actors.start_ranks(kRanks, [&](int number) {
+        Rank rank(number, &*stage);
+        rank.join(0, all);
+        rank.expect_rounds(10, 5, all);
+        stage->reach(kStarted);
+        while (number == 2)
+            pause();
+        stage->await(kKilled, 1);
+        rank.expect_loss(20, 2);
+        rank.expect_rounds(30, 3, {1, 1, 0});
+        EXPECT_EQ(rank.update(1, all), MEP_OK) << mep_last_error();
+        rank.expect_rounds(40, 20, all);
+    });
     stage->await(kStarted, kRanks);
     kill(ranks[2], SIGKILL);
     actors.expect_end(ranks[2], SIGKILL);
@@ -135,8 +133,7 @@ TEST_F(Update, AKilledRankIsReplaced) {
         rank.join(1, all);
         rank.expect_rounds(40, 20, all);
     });
-    for (const pid_t rank : ranks)
-        actors.expect_end(rank);
+    actors.expect_all_end(ranks);
 }
 
 // Which stores into windows that nobody looks at any more, in the middle of what it was doing.
@@ -144,37 +141,35 @@ TEST_F(Update, AStoppedRankThatWakesIsNotHeard) {
     const Shared<Stage> stage;
     Actors actors(kAlarmSeconds);
     const std::vector<int32_t> all(kRanks, 1);
-    std::vector<pid_t> ranks;
-    for (int number = 0; number < kRanks; ++number)
-        ranks.push_back(actors.start([&, number] {
-            Rank rank(number, &*stage);
-            rank.join(0, all);
-            rank.expect_rounds(10, 2, all);
-            stage->reach(kStarted);
-            if (number == 2) {  // is stopped here; then sends on and on, whoever answers
-                stage->await(kKilled, 1);
-                ignore_warnings();
-                const Plan plan = Plan::of(rank.shape, kRanks, 99);
-                Share share(plan, number);
-                const Handle handle = make_handle(rank.buffers[0]);
-                Tensor active(kInt32, {kRanks});
-                mep_dispatch_args_t args = share.dispatch_args();
-                args.timeout_us = 1;
-                args.active_ranks = active.view();
-                for (;;) {
-                    active.fill<int32_t>({1, 1, 1});
-                    test::dispatch(rank.buffers[0], handle, args);
-                    stage->reach(kWoken);
-                }
-            }
+    std::vector<pid_t> ranks = actors.start_ranks(kRanks, [&](int number) {
+        Rank rank(number, &*stage);
+        rank.join(0, all);
+        rank.expect_rounds(10, 2, all);
+        stage->reach(kStarted);
+        if (number == 2) {  // is stopped here; then sends on and on, whoever answers
             stage->await(kKilled, 1);
-            rank.expect_loss(20, 2);
-            EXPECT_EQ(rank.update(1, all), MEP_OK) << mep_last_error();
-            stage->meet(kUpdated, kRanks);
-            stage->await(kGoOn, 1);
-            rank.expect_rounds(40, 100, all);
-            stage->reach(kDone);
-        }));
+            ignore_warnings();
+            const Plan plan = Plan::of(rank.shape, kRanks, 99);
+            Share share(plan, number);
+            const Handle handle = make_handle(rank.buffers[0]);
+            Tensor active(kInt32, {kRanks});
+            mep_dispatch_args_t args = share.dispatch_args();
+            args.timeout_us = 1;
+            args.active_ranks = active.view();
+            for (;;) {
+                active.fill<int32_t>({1, 1, 1});
+                test::dispatch(rank.buffers[0], handle, args);
+                stage->reach(kWoken);
+            }
+        }
+        stage->await(kKilled, 1);
+        rank.expect_loss(20, 2);
+        EXPECT_EQ(rank.update(1, all), MEP_OK) << mep_last_error();
+        stage->meet(kUpdated, kRanks);
+        stage->await(kGoOn, 1);
+        rank.expect_rounds(40, 100, all);
+        stage->reach(kDone);
+    });
     stage->await(kStarted, kRanks);
     kill(ranks[2], SIGSTOP);
     stage->reach(kKilled);
@@ -207,43 +202,40 @@ TEST_F(Update, ARankLeavesForGoodAndAnotherComesLater) {
     const Shared<Stage> stage;
     Actors actors(kAlarmSeconds);
     const std::vector<int32_t> all(kRanks, 1), two{1, 1, 0}, last{0, 1, 1};
-    std::vector<pid_t> ranks;
-    for (int number = 0; number < kRanks; ++number)
-        ranks.push_back(actors.start([&, number] {
-            Rank rank(number, &*stage);
-            if (number < 2) {
-                rank.join(0, two);  // R is a capacity
-                rank.expect_rounds(10, 5, two);
-                EXPECT_EQ(rank.update(1, all), MEP_OK) << mep_last_error();
-            } else {
-                rank.join(1, all);
-            }
-            rank.expect_rounds(20, 5, all);
-            if (number == 0) return;  // the hub of the old meeting point
-            EXPECT_EQ(rank.update(2, last), MEP_OK) << mep_last_error();
-            rank.expect_rounds(30, 5, last);
-            mep_transport_info_t way{};
-            way.struct_size = sizeof way;
-            EXPECT_EQ(mep_group_query_transport(rank.group.get(), 0, &way), MEP_OK);
-            EXPECT_EQ(way.kind, MEP_TRANSPORT_NONE);
-            EXPECT_STREQ(way.reason, "rank 0 is not in the group");
-            // The caller's mask is told, too, and nobody waits.
-            const Plan plan = Plan::of(rank.shape, kRanks, 41, {0});
-            Share share(plan, number);
-            const Handle handle = make_handle(rank.buffers[0]);
-            Tensor active(kInt32, {kRanks});
-            active.fill<int32_t>({1, 1, 1});
-            mep_dispatch_args_t args = share.dispatch_args();
-            args.active_ranks = active.view();
-            args.timeout_us = -1;
-            EXPECT_EQ(test::dispatch(rank.buffers[0], handle, args), MEP_OK);
-            EXPECT_TRUE(share.dispatched());
-            EXPECT_EQ(std::vector<int32_t>(active.data<int32_t>(), active.data<int32_t>() + kRanks),
-                      (std::vector<int32_t>{0, 1, 1}));
-            stage->meet(kDone, 2);  // before one of them takes the memory back
-        }));
-    for (const pid_t rank : ranks)
-        actors.expect_end(rank);
+    std::vector<pid_t> ranks = actors.start_ranks(kRanks, [&](int number) {
+        Rank rank(number, &*stage);
+        if (number < 2) {
+            rank.join(0, two);  // R is a capacity
+            rank.expect_rounds(10, 5, two);
+            EXPECT_EQ(rank.update(1, all), MEP_OK) << mep_last_error();
+        } else {
+            rank.join(1, all);
+        }
+        rank.expect_rounds(20, 5, all);
+        if (number == 0) return;  // the hub of the old meeting point
+        EXPECT_EQ(rank.update(2, last), MEP_OK) << mep_last_error();
+        rank.expect_rounds(30, 5, last);
+        mep_transport_info_t way{};
+        way.struct_size = sizeof way;
+        EXPECT_EQ(mep_group_query_transport(rank.group.get(), 0, &way), MEP_OK);
+        EXPECT_EQ(way.kind, MEP_TRANSPORT_NONE);
+        EXPECT_STREQ(way.reason, "rank 0 is not in the group");
+        // The caller's mask is told, too, and nobody waits.
+        const Plan plan = Plan::of(rank.shape, kRanks, 41, {0});
+        Share share(plan, number);
+        const Handle handle = make_handle(rank.buffers[0]);
+        Tensor active(kInt32, {kRanks});
+        active.fill<int32_t>({1, 1, 1});
+        mep_dispatch_args_t args = share.dispatch_args();
+        args.active_ranks = active.view();
+        args.timeout_us = -1;
+        EXPECT_EQ(test::dispatch(rank.buffers[0], handle, args), MEP_OK);
+        EXPECT_TRUE(share.dispatched());
+        EXPECT_EQ(std::vector<int32_t>(active.data<int32_t>(), active.data<int32_t>() + kRanks),
+                  (std::vector<int32_t>{0, 1, 1}));
+        stage->meet(kDone, 2);  // before one of them takes the memory back
+    });
+    actors.expect_all_end(ranks);
 }
 
 // The newcomer dies when the others wait for its buffers; they go on as before, and try again.
@@ -251,19 +243,17 @@ TEST_F(Update, WhatFailsChangesNothing) {
     const Shared<Stage> stage;
     Actors actors(kAlarmSeconds);
     const std::vector<int32_t> all(kRanks, 1), two{1, 1, 0};
-    std::vector<pid_t> ranks;
-    for (int number = 0; number < 2; ++number)
-        ranks.push_back(actors.start([&, number] {
-            Rank rank(number, &*stage);
-            rank.join(0, two);
-            rank.expect_rounds(10, 5, two);
-            const mep_status_t status = rank.update(1, all, 2'000'000);
-            EXPECT_TRUE(status == MEP_TIMEOUT || status == MEP_BOOTSTRAP_FAILED)
-                << mep_status_name(status);
-            rank.expect_rounds(20, 5, two);
-            EXPECT_EQ(rank.update(2, all), MEP_OK) << mep_last_error();
-            rank.expect_rounds(30, 5, all);
-        }));
+    std::vector<pid_t> ranks = actors.start_ranks(2, [&](int number) {
+        Rank rank(number, &*stage);
+        rank.join(0, two);
+        rank.expect_rounds(10, 5, two);
+        const mep_status_t status = rank.update(1, all, 2'000'000);
+        EXPECT_TRUE(status == MEP_TIMEOUT || status == MEP_BOOTSTRAP_FAILED)
+            << mep_status_name(status);
+        rank.expect_rounds(20, 5, two);
+        EXPECT_EQ(rank.update(2, all), MEP_OK) << mep_last_error();
+        rank.expect_rounds(30, 5, all);
+    });
     const pid_t first = actors.start([&] {
         Rank rank(2, &*stage);
         rank.group = make_group(config_of(2, stage->id(1, false), all));
@@ -279,95 +269,85 @@ TEST_F(Update, WhatFailsChangesNothing) {
         rank.join(2, all);
         rank.expect_rounds(30, 5, all);
     }));
-    for (const pid_t rank : ranks)
-        actors.expect_end(rank);
+    actors.expect_all_end(ranks);
 }
 
 TEST_F(Update, RoundsInFlightAreReceivedFirst) {
     const Shared<Stage> stage;
     Actors actors(kAlarmSeconds);
     const std::vector<int32_t> all(kRanks, 1);
-    std::vector<pid_t> ranks;
-    for (int number = 0; number < kRanks; ++number)
-        ranks.push_back(actors.start([&, number] {
-            Rank rank(number, &*stage);
-            rank.join(0, all);
-            const Plan plan = Plan::of(rank.shape, kRanks, 11);
-            Share share(plan, number);
-            const Handle handle = make_handle(rank.buffers[1]);
-            EXPECT_EQ(share.dispatch(rank.buffers[1], handle, MEP_PHASE_SEND), MEP_OK);
-            EXPECT_EQ(rank.update(1, all), MEP_INVALID_STATE);
-            EXPECT_NE(std::string(mep_last_error()).find("in flight"), std::string::npos)
-                << mep_last_error();
-            EXPECT_EQ(share.dispatch(rank.buffers[1], handle, MEP_PHASE_RECEIVE), MEP_OK);
-            EXPECT_TRUE(share.dispatched());
-            // One that nobody will receive does not count: its slot is new after the update.
-            {
-                const Handle forgotten = make_handle(rank.buffers[0]);
-                Share other(plan, number);
-                EXPECT_EQ(other.dispatch(rank.buffers[0], forgotten, MEP_PHASE_SEND), MEP_OK);
-            }
-            EXPECT_EQ(rank.update(2, all), MEP_OK) << mep_last_error();
-            EXPECT_EQ(share.combine(rank.buffers[1], handle), MEP_INVALID_STATE);
-            EXPECT_NE(std::string(mep_last_error()).find("updated"), std::string::npos)
-                << mep_last_error();
-            EXPECT_EQ(share.dispatch(rank.buffers[1], handle), MEP_OK);
-            EXPECT_EQ(share.combine(rank.buffers[1], handle), MEP_OK);
-            EXPECT_TRUE(share.combined());
-            rank.expect_rounds(20, 5, all);
-        }));
-    for (const pid_t rank : ranks)
-        actors.expect_end(rank);
+    std::vector<pid_t> ranks = actors.start_ranks(kRanks, [&](int number) {
+        Rank rank(number, &*stage);
+        rank.join(0, all);
+        const Plan plan = Plan::of(rank.shape, kRanks, 11);
+        Share share(plan, number);
+        const Handle handle = make_handle(rank.buffers[1]);
+        EXPECT_EQ(share.dispatch(rank.buffers[1], handle, MEP_PHASE_SEND), MEP_OK);
+        EXPECT_EQ(rank.update(1, all), MEP_INVALID_STATE);
+        EXPECT_NE(std::string(mep_last_error()).find("in flight"), std::string::npos)
+            << mep_last_error();
+        EXPECT_EQ(share.dispatch(rank.buffers[1], handle, MEP_PHASE_RECEIVE), MEP_OK);
+        EXPECT_TRUE(share.dispatched());
+        // One that nobody will receive does not count: its slot is new after the update.
+        {
+            const Handle forgotten = make_handle(rank.buffers[0]);
+            Share other(plan, number);
+            EXPECT_EQ(other.dispatch(rank.buffers[0], forgotten, MEP_PHASE_SEND), MEP_OK);
+        }
+        EXPECT_EQ(rank.update(2, all), MEP_OK) << mep_last_error();
+        EXPECT_EQ(share.combine(rank.buffers[1], handle), MEP_INVALID_STATE);
+        EXPECT_NE(std::string(mep_last_error()).find("updated"), std::string::npos)
+            << mep_last_error();
+        EXPECT_EQ(share.dispatch(rank.buffers[1], handle), MEP_OK);
+        EXPECT_EQ(share.combine(rank.buffers[1], handle), MEP_OK);
+        EXPECT_TRUE(share.combined());
+        rank.expect_rounds(20, 5, all);
+    });
+    actors.expect_all_end(ranks);
 }
 
 TEST_F(Update, SaysWhatIsWrongWithItsArguments) {
     const Shared<Stage> stage;
     Actors actors(kAlarmSeconds);
     const std::vector<int32_t> all(kRanks, 1), two{1, 1, 0};
-    std::vector<pid_t> ranks;
-    for (int number = 0; number < kRanks; ++number)
-        ranks.push_back(actors.start([&, number] {
-            Rank rank(number, &*stage);
-            rank.join(0, all);
-            ignore_warnings();  // of a connection that is refused
-            const auto says = [&](mep_status_t status, const char *words,
-                                  const mep_group_config_t &config) {
-                EXPECT_EQ(mep_group_update(rank.group.get(), &config), status);
-                EXPECT_NE(std::string(mep_last_error()).find(words), std::string::npos)
-                    << mep_last_error();
-            };
-            const mep_unique_id_t &id = stage->id(1, number == 0);
-            mep_group_config_t config = config_of(number, id, all);
-            config.rank_count = 2;
-            says(MEP_INVALID_ARGUMENT, "config.rank_count is 2; it must be 0, or 3", config);
-            config = config_of(number, id, all);
-            config.unique_id = nullptr;
-            says(MEP_INVALID_ARGUMENT, "an update needs one", config);
-            const std::vector<int32_t> strange{1, 7, 1};
-            says(MEP_INVALID_ARGUMENT, "config.active_ranks[1] is 7",
-                 config_of(number, id, strange));
-            if (number == 2)
-                says(MEP_INVALID_ARGUMENT, "this rank's own", config_of(number, id, two));
-            // The ranks do not mean the same ranks.
-            if (number < 2) {
-                const std::vector<int32_t> other{1, 1, 0}, mine{1, 1, 1};
-                const auto &members = number == 0 ? other : mine;
-                mep_group_config_t differs = config_of(number, id, members);
-                differs.timeout_us = 500'000;
-                const mep_status_t status = mep_group_update(rank.group.get(), &differs);
-                EXPECT_TRUE(status == MEP_TIMEOUT || status == MEP_MISMATCH ||
-                            status == MEP_BOOTSTRAP_FAILED)
-                    << mep_status_name(status);
-            }
-            rank.expect_rounds(20, 5, all);
-            // Not as many buffers.
-            if (number == 1) rank.buffers.pop_back();
-            EXPECT_EQ(rank.update(2, all), MEP_MISMATCH) << mep_last_error();
-            EXPECT_NE(std::string(mep_last_error()).find("buffers of the group"),
-                      std::string::npos);
-        }));
-    for (const pid_t rank : ranks)
-        actors.expect_end(rank);
+    std::vector<pid_t> ranks = actors.start_ranks(kRanks, [&](int number) {
+        Rank rank(number, &*stage);
+        rank.join(0, all);
+        ignore_warnings();  // of a connection that is refused
+        const auto says = [&](mep_status_t status, const char *words,
+                              const mep_group_config_t &config) {
+            EXPECT_EQ(mep_group_update(rank.group.get(), &config), status);
+            EXPECT_NE(std::string(mep_last_error()).find(words), std::string::npos)
+                << mep_last_error();
+        };
+        const mep_unique_id_t &id = stage->id(1, number == 0);
+        mep_group_config_t config = config_of(number, id, all);
+        config.rank_count = 2;
+        says(MEP_INVALID_ARGUMENT, "config.rank_count is 2; it must be 0, or 3", config);
+        config = config_of(number, id, all);
+        config.unique_id = nullptr;
+        says(MEP_INVALID_ARGUMENT, "an update needs one", config);
+        const std::vector<int32_t> strange{1, 7, 1};
+        says(MEP_INVALID_ARGUMENT, "config.active_ranks[1] is 7", config_of(number, id, strange));
+        if (number == 2) says(MEP_INVALID_ARGUMENT, "this rank's own", config_of(number, id, two));
+        // The ranks do not mean the same ranks.
+        if (number < 2) {
+            const std::vector<int32_t> other{1, 1, 0}, mine{1, 1, 1};
+            const auto &members = number == 0 ? other : mine;
+            mep_group_config_t differs = config_of(number, id, members);
+            differs.timeout_us = 500'000;
+            const mep_status_t status = mep_group_update(rank.group.get(), &differs);
+            EXPECT_TRUE(status == MEP_TIMEOUT || status == MEP_MISMATCH ||
+                        status == MEP_BOOTSTRAP_FAILED)
+                << mep_status_name(status);
+        }
+        rank.expect_rounds(20, 5, all);
+        // Not as many buffers.
+        if (number == 1) rank.buffers.pop_back();
+        EXPECT_EQ(rank.update(2, all), MEP_MISMATCH) << mep_last_error();
+        EXPECT_NE(std::string(mep_last_error()).find("buffers of the group"), std::string::npos);
+    });
+    actors.expect_all_end(ranks);
 }
 
 // Ranks come and go in a random order; all that stays behind is what there was after the first

@@ -36,6 +36,18 @@ class Actors {
         _exit(::testing::Test::HasFailure() ? 1 : 0);
     }
 
+    // body(number) in a process each.
+    std::vector<pid_t> start_ranks(int count, const std::function<void(int)> &body) {
+        std::vector<pid_t> ranks;
+        for (int number = 0; number < count; ++number)
+            ranks.push_back(start([&body, number] { body(number); }));
+        return ranks;
+    }
+    void expect_all_end(const std::vector<pid_t> &pids) {
+        for (const pid_t pid : pids)
+            expect_end(pid);
+    }
+
     static constexpr int kAnyEnd = -1;
 
     // Waits for one to end: by itself and well, or by `signal`.

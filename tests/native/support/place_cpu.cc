@@ -1,35 +1,10 @@
 // Ranks on the CPU, which are threads. See support/abi.h.
-#include "support/abi.h"
+#include "support/place_host.h"
 
 namespace ep::test {
 
-bool on_cpu() {
-    return true;
-}
-
-void be_rank(int) {}
-
-mep_device_t tensor_device() {
-    return {MEP_DEVICE_CPU, 0};
-}
-
-void choose_device(mep_group_config_t *) {}
-
 Memory allocate(size_t bytes) {
     return {new char[bytes], [](char *memory) { delete[] memory; }};
-}
-
-void *stream() {
-    return nullptr;
-}
-
-void finish() {}
-
-void run_groups(int rank_count, const std::function<void(int, const Group &)> &body) {
-    const World world = make_world(rank_count);
-    run_ranks(rank_count, [&](int rank) {
-        body(rank, make_group(group_config(rank, rank_count, world.get())));
-    });
 }
 
 }  // namespace ep::test

@@ -1,6 +1,6 @@
 // Ranks on the CPU, which are threads, with a guard before and after each array, where nothing may
 // be written. See support/abi.h.
-#include "support/abi.h"
+#include "support/place_host.h"
 
 #include <cstddef>
 
@@ -67,34 +67,11 @@ void check_and_free(char *array) {
 
 }  // namespace
 
-bool on_cpu() {
-    return true;
-}
-
-mep_device_t tensor_device() {
-    return {MEP_DEVICE_CPU, 0};
-}
-
-void choose_device(mep_group_config_t *) {}
-
 Memory allocate(size_t bytes) {
     const Guarded guarded = Guarded::make(bytes);
     for (char *guard : {guarded.before(), guarded.after()})
         hide(guard);
     return {guarded.array(), check_and_free};
-}
-
-void *stream() {
-    return nullptr;
-}
-
-void finish() {}
-
-void run_groups(int rank_count, const std::function<void(int, const Group &)> &body) {
-    const World world = make_world(rank_count);
-    run_ranks(rank_count, [&](int rank) {
-        body(rank, make_group(group_config(rank, rank_count, world.get())));
-    });
 }
 
 }  // namespace ep::test
