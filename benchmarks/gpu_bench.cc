@@ -173,6 +173,13 @@ int run_rank(const Shape &s, int rank) {
     CHECK(mep_dispatch(buffer, handle, &d));
     CHECK(mep_combine(buffer, handle, &c));
     CHECK(cudaStreamSynchronize(stream));
+    mep_buffer_info_t made{};
+    made.struct_size = sizeof made;
+    CHECK(mep_buffer_query(buffer, &made));
+    if (rank == 0)
+        std::printf("%-18s window %.2f MB a rank, handle %.2f MB\n", "memory",
+                    static_cast<double>(made.window_bytes) / 1e6,
+                    static_cast<double>(made.handle_bytes) / 1e6);
     const auto dispatch = [&] { CHECK(mep_dispatch(buffer, handle, &d)); };
     const auto combine = [&] { CHECK(mep_combine(buffer, handle, &c)); };
     time_rounds("dispatch", group, s, stream, dispatch);

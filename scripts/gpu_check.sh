@@ -2,31 +2,44 @@
 # One command for a machine with NVIDIA GPUs, nvcc, CMake and Ninja: builds, tests, looks for bad accesses and races,
 # and measures. Logs go to build/gpu-check. A short table comes last; it exits with 1 if anything failed.
 #
+#   --ranks N              measure so many ranks, with a GPU each, and use only these GPUs; default: 2. The tests have 1 to 8
+#                          ranks in any case, which share GPUs where there are fewer
+#
 #   MEP_GTEST_SOURCE_DIR   GoogleTest's sources, where it is not installed
 #   MEP_CUDA_ARCHITECTURES default: native
 #   MEP_GPU_CHECK_STEPS    which steps to run, after the build; default: native gpu python api faults far memcheck
-#                          racecheck bench peers far_peers; far: the API where no memory of a peer is reached; far_peers: beside NCCL so;
-#                          maca: MACA's kernels, by its shim over CUDA (tests/maca), against the CPU bit for bit
+#                          racecheck bench link peers far_peers; far: the API where no memory of a peer is reached; far_peers: beside NCCL so;
+#                          maca: MACA's kernels, by its shim over CUDA (tests/maca), against the CPU bit for bit; soak: rounds
+#                          for a long time, with kills
+#   MEP_FAULTS             how many schedules of faults; default: 20
+#   MEP_SOAK_ROUNDS        default: 100000
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-readonly DIR=$PWD/build/gpu-check
+RANKS=2
+if [ "${1:-}" = --ranks ] && [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] && [ $# -eq 2 ]; then
+    RANKS=$2
+elif [ $# -ne 0 ]; then
+    echo "usage: $0 [--ranks N]"
+    exit 2
+fi
+readonly DIR=$PWD/build/gpu-check RANKS
 readonly SHAPES=(
-    # ranks tokens hidden experts topk type weights multiprocessors
-    "2 1 7168 256 8 bf16 dispatch"
-    "2 32 7168 256 8 bf16 dispatch"
-    "2 128 7168 256 8 fp8 dispatch"
-    "2 128 7168 256 8 bf16 dispatch"
-    "2 128 7168 256 8 bf16 combine"
-    "2 512 7168 256 8 bf16 dispatch"
-    "2 2048 7168 16 2 bf16 dispatch"
-    "2 2048 7168 16 4 bf16 dispatch"
-    "2 256 7168 256 8 bf16 dispatch"
-    "2 1024 7168 256 8 bf16 dispatch"
-    "2 2048 7168 256 8 bf16 dispatch"
-    "2 4096 7168 256 8 fp8 dispatch"
-    "2 4096 7168 256 8 bf16 dispatch"
-    "2 4096 7168 256 8 bf16 dispatch 32"
+    # tokens hidden experts topk type weights multiprocessors
+    "1 7168 256 8 bf16 dispatch"
+    "32 7168 256 8 bf16 dispatch"
+    "128 7168 256 8 fp8 dispatch"
+    "128 7168 256 8 bf16 dispatch"
+    "128 7168 256 8 bf16 combine"
+    "512 7168 256 8 bf16 dispatch"
+    "2048 7168 16 2 bf16 dispatch"
+    "2048 7168 16 4 bf16 dispatch"
+    "256 7168 256 8 bf16 dispatch"
+    "1024 7168 256 8 bf16 dispatch"
+    "2048 7168 256 8 bf16 dispatch"
+    "4096 7168 256 8 fp8 dispatch"
+    "4096 7168 256 8 bf16 dispatch"
+    "4096 7168 256 8 bf16 dispatch 32"
 )
 mkdir -p "$DIR"
 rm -f "$DIR"/*.log
@@ -39,7 +52,7 @@ step() {
     shift 2
     echo "== $name"
     # The function, in a shell of its own that the deadline can end.
-    if timeout -k 10 "$limit" bash -c "$(declare -p DIR SHAPES; declare -f); \"\$@\"" bash "$@" \
+    if timeout -k 10 "$limit" bash -c "$(declare -p DIR RANKS SHAPES; declare -f); \"\$@\"" bash "$@" \
         >"$DIR/$name.log" 2>&1; then
         table+=("$(printf '%-12s %4d s  ok' "$name" $((SECONDS - start)))")
     else
@@ -136,7 +149,7 @@ peers() {
     for shape in "--tokens 128 --experts 256 --topk 8 --payload fp8" "--tokens 128 --experts 256 --topk 8" \
         "--tokens 2048 --experts 16 --topk 2"; do
         # shellcheck disable=SC2086
-        timeout 100 python3 benchmarks/peers/compare.py --hidden 7168 $shape || return
+        timeout 100 python3 benchmarks/peers/compare.py --ranks "$RANKS" --hidden 7168 $shape || return
     done
 }
 
@@ -144,15 +157,33 @@ bench() {
     local shape
     for shape in "${SHAPES[@]}"; do
         # shellcheck disable=SC2086
-        timeout 60 "$DIR/native/benchmarks/gpu_bench" $shape || return
+        timeout 60 "$DIR/native/benchmarks/gpu_bench" "$RANKS" $shape || return
     done
 }
 
+# How much of what a peer copy carries the links carry.
+link() {
+    use_python_package || return
+    local payload
+    for payload in bf16 fp8; do
+        timeout 100 python3 -m mooncake_ep bench --device cuda --world-size "$RANKS" --tokens 4096 --hidden 7168 \
+            --experts 256 --topk 8 --payload $payload --rounds 100 || return
+    done
+}
+
+soak() {
+    use_python_package && PYTHONPATH=$PYTHONPATH:$PWD/tests/python python3 tests/python/soak.py --backend cuda \
+        --ranks $((RANKS < 3 ? RANKS : 3)) --rounds "${MEP_SOAK_ROUNDS:-100000}"
+}
+
 nvidia-smi -L || { echo "no NVIDIA GPU here"; exit 1; }
+[ "$(nvidia-smi -L | grep -c ^GPU)" -ge "$RANKS" ] || { echo "$RANKS ranks were asked for, with a GPU each"; exit 1; }
+: "${CUDA_VISIBLE_DEVICES:=$(seq -s , 0 $((RANKS - 1)))}"
+export CUDA_VISIBLE_DEVICES
 step build 600 build
-for name in ${MEP_GPU_CHECK_STEPS-native gpu python api faults far memcheck racecheck bench peers far_peers}; do
+for name in ${MEP_GPU_CHECK_STEPS-native gpu python api faults far memcheck racecheck bench link peers far_peers}; do
     case $name in
-        python | api | far | peers | far_peers)
+        python | api | far | link | soak | peers | far_peers)
             python3 -c 'import cffi, pytest, torch' 2>/dev/null ||
                 { table+=("$name: skipped, python3 has not all of cffi, pytest and torch"); continue; }
             ;;
@@ -161,10 +192,10 @@ for name in ${MEP_GPU_CHECK_STEPS-native gpu python api faults far memcheck race
                 { table+=("$name: skipped, no compute-sanitizer"); continue; }
             ;;
     esac
-    step "$name" 600 "$name"
+    step "$name" 900 "$name"
 done
 echo
-for name in bench peers far_peers; do
+for name in bench link soak peers far_peers; do
     [ ! -f "$DIR/$name.log" ] || cat "$DIR/$name.log"
 done
 echo

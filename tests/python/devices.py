@@ -178,6 +178,16 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray)
 
 
+def _taken(call: Callable[[], Any], take: Callable[[Any], Any]) -> Any:
+    """Return what is taken of a call's result, also if it is the exception that has it."""
+    try:
+        return take(call())
+    except ep.PeerFailedError as error:
+        result: Any = take(error.result)
+        error.result = result
+        raise
+
+
 class _Pending:
     """A pending round that gives NumPy arrays."""
 
@@ -186,7 +196,7 @@ class _Pending:
         self._take = take
 
     def receive(self) -> Any:
-        return self._take(self._pending.receive())
+        return _taken(self._pending.receive, self._take)
 
 
 class _Buffer:
@@ -216,20 +226,22 @@ class _Buffer:
         **options: Any,
     ) -> Any:
         call = _Call(self._buffer.group)
-        given = self._buffer.dispatch(
-            call.put(x),
-            call.put(topk_idx),
-            call.put(topk_weights),
-            out=call.put_outputs(out),
-            active_ranks=call.put_output(active_ranks),
-            send_only=send_only,
-            **options,
-        )
+
+        def make() -> Any:
+            return self._buffer.dispatch(
+                call.put(x),
+                call.put(topk_idx),
+                call.put(topk_weights),
+                out=call.put_outputs(out),
+                active_ranks=call.put_output(active_ranks),
+                send_only=send_only,
+                **options,
+            )
 
         def take(received: ep.Dispatched) -> ep.Dispatched:
             return call.take_dispatched(received, out)
 
-        return _Pending(given, take) if send_only else take(given)
+        return _taken(make, (lambda given: _Pending(given, take)) if send_only else take)
 
     def combine(
         self,
@@ -243,17 +255,19 @@ class _Buffer:
         **options: Any,
     ) -> Any:
         call = _Call(self._buffer.group)
-        given = self._buffer.combine(
-            call.put(x),
-            handle,
-            call.put(topk_weights),
-            out=call.put_output(out),
-            active_ranks=call.put_output(active_ranks),
-            send_only=send_only,
-            **options,
-        )
+
+        def make() -> Any:
+            return self._buffer.combine(
+                call.put(x),
+                handle,
+                call.put(topk_weights),
+                out=call.put_output(out),
+                active_ranks=call.put_output(active_ranks),
+                send_only=send_only,
+                **options,
+            )
 
         def take(sums: Any) -> Any:
             return call.take_sums(sums, out)
 
-        return _Pending(given, take) if send_only else take(given)
+        return _taken(make, (lambda given: _Pending(given, take)) if send_only else take)

@@ -20,10 +20,10 @@ BUFFER = {"max_tokens": 4, "hidden": 64, "experts": 4, "topk": 2, "payloads": ["
 
 def test_a_rank_that_is_killed_under_load_serves_again_soon(tmp_path: Path) -> None:
     loads = Loads(tmp_path)
-    loads.plan(0, [True] * RANKS)
-    for rank in range(RANKS):
-        loads.start(rank)
     try:
+        for rank in range(RANKS):
+            loads.start(rank)
+        loads.plan(0, [True] * RANKS)
         loads.await_round([0, 1, 2], 20)
         for lost in (2, 0):  # 0: who made the id, and with it the hub of the old meeting point
             others = [rank for rank in range(RANKS) if rank != lost]
@@ -31,8 +31,9 @@ def test_a_rank_that_is_killed_under_load_serves_again_soon(tmp_path: Path) -> N
             loads.kill(lost)
             loads.await_round(others, int(loads.progress.max()) + 1)
             missed = time.monotonic() - killed
-            loads.plan(loads.ahead(), [True] * RANKS)
             loads.start(lost)
+            loads.await_ready(lost)
+            loads.plan(loads.ahead(), [True] * RANKS)
             first = json.loads((tmp_path / f"plan{loads.plans - 1}").read_text())["round"]
             loads.await_round(list(range(RANKS)), first)
             again = time.monotonic() - killed

@@ -3,12 +3,15 @@
 python update_rank.py DIRECTORY RANK PLAN: the files of the directory are the plans, 0 and up:
 {"round": the first after it, "active": who takes part from then on, "shape": of the buffer}; the
 first of these ranks makes the unique id. If the shape is another, the ranks make another buffer
-after they have come together. "progress" has an int64 for each rank: its last round that was right;
-"usage" what it takes then: descriptors, and KiB of memory.
+after they have come together. "ready<RANK>" is there when a process has started what takes long,
+and waits for its plan. "progress" has an int64 for each rank: its last round that was right;
+"usage" what it takes then: descriptors, KiB of memory, and KiB in use on its GPU. Where ranks
+compute says the environment, see devices.py.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import sys
@@ -19,9 +22,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+import devices
 import mooncake_ep as ep
 
-RANKS = 3
+RANKS = 3  # at most
 SHAPE = {"max_tokens": 6, "hidden": 64, "experts": 6, "topk": 2}
 TIMEOUT_S = 0.3
 _USAGE_INTERVAL = 1000  # rounds
@@ -45,8 +49,19 @@ def progress_of(directory: Path, mode: Any) -> Any:
 
 
 def usage_of(directory: Path, mode: Any) -> Any:
-    """Map what each rank takes: [rank][descriptors, KiB]."""
-    return np.memmap(directory / "usage", np.int64, mode, shape=(RANKS, 2))
+    """Map what each rank takes: [rank][descriptors, KiB, KiB of all processes on its GPU]."""
+    return np.memmap(directory / "usage", np.int64, mode, shape=(RANKS, 3))
+
+
+def take_usage(rank: int) -> tuple[int, int, int]:
+    """Tell what this process takes."""
+    descriptors = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    peak, on_gpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    if devices.backend() == "cuda":
+        cuda = importlib.import_module("torch.cuda")
+        free, total = cuda.mem_get_info(devices.group_options(rank)["device_id"])
+        on_gpu = (total - free) // 1024
+    return descriptors, peak, on_gpu
 
 
 def unique_id(directory: Path, number: int, active: list[bool], rank: int) -> bytes:
@@ -63,17 +78,20 @@ class Load:
     """One rank and its rounds."""
 
     def __init__(self, directory: Path, rank: int, plan: int) -> None:
-        """Join by a plan."""
+        """Join by a plan, once it is there."""
         self.directory, self.rank, self.plan = directory, rank, plan
-        told = read_plan(directory, plan)
+        devices.warm_up(rank)
+        write_whole(directory / f"ready{rank}", b"")
+        while (told := read_plan(directory, plan)) is None:
+            time.sleep(0.001)
         self.active, self.round = told["active"], told["round"]
         self.progress, self.usage = progress_of(directory, "r+"), usage_of(directory, "r+")
         self.group = ep.Group.from_unique_id(
             unique_id(directory, plan, self.active, rank),
             rank=rank,
-            rank_count=RANKS,
+            rank_count=len(self.active),
             active_ranks=self.active,
-            timeout_s=10,
+            **(devices.group_options(rank) | {"timeout_s": 10}),
         )
         # The others, if there are any, still have the buffer of the plan before.
         before = read_plan(directory, plan - 1) if plan > 0 else told
@@ -81,10 +99,10 @@ class Load:
         self.buffer = self.make_buffer()
         self.take_shape(told["shape"])
 
-    def make_buffer(self) -> ep.Buffer:
+    def make_buffer(self) -> Any:
         """Make a buffer. Collective, with time for all; rounds have less."""
         self.group.timeout_s = 10
-        buffer = ep.Buffer(self.group, threads=1, **self.shape)
+        buffer = devices.make_buffer(self.group, threads=1, **self.shape)
         self.group.timeout_s = TIMEOUT_S
         return buffer
 
@@ -110,8 +128,7 @@ class Load:
                 self.take_shape(told["shape"])
             self.do_round()
             if self.round % _USAGE_INTERVAL == 0:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                self.usage[self.rank] = sum(1 for _ in Path("/proc/self/fd").iterdir()), peak
+                self.usage[self.rank] = take_usage(self.rank)
             self.progress[self.rank] = self.round
             self.round += 1
 
@@ -130,22 +147,28 @@ class Load:
             time.sleep(0.01)  # late, but not too late
         dispatched = self.hear(lambda: self.buffer.dispatch(x, choices, weights))
         out = self.hear(lambda: self.buffer.combine(dispatched.x, dispatched.handle))
-        lives = np.array(self.active)[choices // (experts // RANKS)].mean(axis=1)
+        lives = np.array(self.active)[choices // (experts // len(self.active))].mean(axis=1)
         expected = x.astype(np.float32) * lives[:, None]  # exact in bfloat16
         np.testing.assert_array_equal(out.astype(np.float32), expected)
 
     def hear(self, call: Any) -> Any:
-        """Make a call; who is lost in it is known from then on."""
+        """Make a call; who is lost in it is known from then on. On a GPU the call does not say."""
         try:
-            return call()
+            result = call()
+            if devices.on_cpu():
+                return result
         except ep.PeerFailedError as error:
-            mask, events = self.buffer.mask, self.buffer.events()
-            lost = [rank for rank in range(RANKS) if self.active[rank] and not mask[rank]]
+            result = error.result
+            assert self.buffer.mask != self.active
+        mask = self.buffer.mask
+        if mask != self.active:
+            lost = [rank for rank, one in enumerate(self.active) if one and not mask[rank]]
+            events = self.buffer.events()
             assert [event.peer for event in events] == lost, (events, lost)
             assert all(event.reason == "late" for event in events)
             assert all(event.waited_s >= TIMEOUT_S for event in events)
             self.active = mask
-            return error.result
+        return result
 
 
 if __name__ == "__main__":

@@ -3,17 +3,18 @@
 
 #include "device/queue.h"
 #include "support/forked.h"
+#include "support/settings.h"
 
-#include <cstdlib>
 #include <functional>
 #include <gtest/gtest.h>
-#include <optional>
 #include <thread>
 
 using ep::test::IdOfGroup;
 using ep::test::run_forked;
+using ep::test::Setting;
 using ep::test::Shared;
 using ep::test::skip_rank;
+using ep::test::with_all_kernels;
 using gpu::Problem;
 using gpu::Results;
 using gpu::Run;
@@ -87,42 +88,6 @@ void expect_same_bits_in_processes(const Problem &p, Run run = gpu::run_rounds) 
         EXPECT_EQ(failure, "") << "rank " << rank << " on a GPU";
         EXPECT_EQ(gpu::difference(cpu, cuda), "") << "rank " << rank;
     });
-}
-
-// Which kernels a buffer takes is decided when it is created, by the environment.
-class Setting {
-  public:
-    Setting(const char *name, const char *value) : name_(name) {
-        if (const char *before = getenv(name)) before_ = before;
-        setenv(name, value, 1);
-    }
-    Setting(const Setting &) = delete;
-    Setting &operator=(const Setting &) = delete;
-    ~Setting() {
-        if (before_.has_value())
-            setenv(name_, before_->c_str(), 1);
-        else
-            unsetenv(name_);
-    }
-
-  private:
-    const char *name_;
-    std::optional<std::string> before_;
-};
-
-// By line; by flag, rows by bulk copies; by flag, rows by the lanes.
-void with_all_kernels(const std::function<void()> &body) {
-    struct Way {
-        const char *lines, *bulk_copies;
-    };
-    for (const Way &way : {Way{"1", "1"}, Way{"0", "1"}, Way{"0", "0"}}) {
-        if (::testing::Test::IsSkipped()) return;
-        SCOPED_TRACE(std::string("MOONCAKE_EP_LINES=") + way.lines +
-                     " MOONCAKE_EP_BULK_COPIES=" + way.bulk_copies);
-        const Setting lines("MOONCAKE_EP_LINES", way.lines);
-        const Setting bulk_copies("MOONCAKE_EP_BULK_COPIES", way.bulk_copies);
-        body();
-    }
 }
 
 void with_replays(const std::function<void(const Problem &, Run)> &expect) {

@@ -42,6 +42,10 @@ Memory allocate(size_t bytes);
 void *stream();
 void finish();
 
+// What does again, whenever it is called, what `body` queues on that stream, to the end; on a GPU
+// as replays of one graph.
+std::function<void()> captured(const std::function<void()> &body);
+
 // ---- Objects
 // --------------------------------------------------------------------------------------
 
@@ -208,14 +212,16 @@ struct Plan {
     std::vector<std::vector<Packed>> rows;  // [global expert]
     std::vector<char> lost;                 // [rank] takes no part
 
+    // Of any number of tokens, or `full`: as many as a rank may have.
     static Plan of(const mep_buffer_config_t &config, int rank_count, uint64_t seed,
-                   const std::vector<int> &lost = {}) {
+                   const std::vector<int> &lost = {}, bool full = false) {
         Plan plan{config, rank_count, seed, {}, {}, std::vector<char>(rank_count)};
         std::mt19937_64 random(seed);
         for (const int rank : lost)
             plan.lost[rank] = 1;
         for (int rank = 0; rank < rank_count; ++rank) {
-            const int count = int(random() % (config.token_count_max + 1));
+            const int any = int(random() % (config.token_count_max + 1));
+            const int count = full ? config.token_count_max : any;
             plan.tokens.push_back(random_tokens(&random, plan.lost[rank] ? 0 : count,
                                                 config.topk_max, config.expert_count, 64));
         }
@@ -237,19 +243,26 @@ struct Share {
         const Tokens &mine = plan.tokens[rank];
         const int64_t experts = plan.local_experts(), hidden = plan.config.hidden;
         x = Tensor(kBfloat16, {mine.count, hidden});
-        for (int token = 0; token < mine.count; ++token)
-            for (int h = 0; h < hidden; ++h)
-                write_element(Element::kBf16, x.data(), int(token * hidden) + h,
-                              plan.value(rank, token, h));
         topk_idx = Tensor(kInt64, {mine.count, mine.topk});
-        topk_idx.fill(mine.topk_idx);
         topk_weights = Tensor(kFloat32, {mine.count, mine.topk});
-        topk_weights.fill(mine.weights);
         out_x = Tensor(kBfloat16, {experts, plan.region(), hidden});
         out_count = Tensor(kInt32, {experts});
         out_src_info = Tensor(kInt32, {experts, plan.region()});
         out_layout_range = Tensor(kInt64, {experts, plan.rank_count});
         out = Tensor(kBfloat16, {mine.count, hidden});
+        fill();
+    }
+
+    // The inputs as the plan has them now, if it is another with as many tokens.
+    void fill() {
+        const Tokens &mine = plan.tokens[rank];
+        const int hidden = plan.config.hidden;
+        for (int token = 0; token < mine.count; ++token)
+            for (int h = 0; h < hidden; ++h)
+                write_element(Element::kBf16, x.data(), token * hidden + h,
+                              plan.value(rank, token, h));
+        topk_idx.fill(mine.topk_idx);
+        topk_weights.fill(mine.weights);
     }
 
     mep_dispatch_args_t dispatch_args(uint32_t phases = 0) {

@@ -73,6 +73,21 @@ void finish() {
     must(cudaStreamSynchronize(own_stream), "the rank's stream");
 }
 
+std::function<void()> captured(const std::function<void()> &body) {
+    cudaGraph_t graph = nullptr;
+    must(cudaStreamBeginCapture(own_stream, cudaStreamCaptureModeThreadLocal), "begin of capture");
+    body();
+    must(cudaStreamEndCapture(own_stream, &graph), "end of capture");
+    cudaGraphExec_t made = nullptr;
+    must(cudaGraphInstantiateWithFlags(&made, graph, 0), "instantiation");
+    must(cudaGraphDestroy(graph), "cudaGraphDestroy");
+    const std::shared_ptr<CUgraphExec_st> replayed(made, cudaGraphExecDestroy);
+    return [replayed] {
+        must(cudaGraphLaunch(replayed.get(), own_stream), "launch of a graph");
+        finish();
+    };
+}
+
 void run_groups(int rank_count, const std::function<void(int, const Group &)> &body) {
     const Shared<IdOfGroup> id;
     run_forked(rank_count, kSecondsMax, [&](int rank) {

@@ -24,6 +24,10 @@ void *stream() {
 
 void finish() {}
 
+std::function<void()> captured(const std::function<void()> &body) {
+    return body;
+}
+
 void run_groups(int rank_count, const std::function<void(int, const Group &)> &body) {
     const World world = make_world(rank_count);
     run_ranks(rank_count, [&](int rank) {
