@@ -324,7 +324,8 @@ typedef struct mep_group_config {
     int32_t device_id;  /**< of that backend; 0 on the CPU */
     /** 1: reach no peer's memory, as if there were no way to it; also MOONCAKE_EP_DISABLE_P2P=1 */
     int32_t disable_p2p;
-    /** of each wait for another rank, in set-up and later calls; 0: 100 s; -1: never */
+    /** of a call of set-up, all its waits together, and of each wait for another rank in rounds;
+     * 0: 100 s; -1: never */
     int64_t timeout_us;
     mep_all_gather_callback_t all_gather;
     void *all_gather_context; /**< passed to all_gather */
@@ -410,7 +411,7 @@ MEP_API mep_status_t mep_group_query(const mep_group_t *group, mep_group_info_t 
 
 /**
  * Come together anew: the ranks that config->active_ranks names, those that live and those that
- * are to join them. Collective among these, blocking, with config->timeout_us for each step; a
+ * are to join them. Collective among these, blocking, for config->timeout_us at most; a
  * rank that is new makes, instead, mep_group_create with the same active_ranks, and then the
  * group's buffers again, in the order of their creation: the call of the others returns when the
  * last of them is made. So a process can take the place of one that died, a rank can leave for

@@ -26,6 +26,12 @@ class Deadline {
           end_(never_ ? Clock::time_point::max()
                       : Clock::now() + std::chrono::microseconds(timeout_us)) {}
 
+    // This one, but no later than `timeout_us` from now.
+    Deadline within(int64_t timeout_us) const {
+        const Deadline other(timeout_us);
+        return never_ || (!other.never_ && other.end_ < end_) ? other : *this;
+    }
+
     bool passed() const { return !never_ && Clock::now() >= end_; }
 
     // For poll(2) and the like: [0, step_ms_max].

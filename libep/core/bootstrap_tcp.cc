@@ -49,11 +49,6 @@ Deadline with_grace(const Deadline &deadline) {
     return Deadline(remaining_us(deadline) + grace_us);
 }
 
-Deadline at_most(const Deadline &deadline, int64_t timeout_us) {
-    if (deadline.never()) return Deadline(timeout_us);
-    return Deadline(std::min(remaining_us(deadline), timeout_us));
-}
-
 std::string step_text(uint64_t sequence) {
     if (sequence == kJoinSequence) return "join";
     return "take part in all-gather " + std::to_string(sequence);
@@ -552,7 +547,7 @@ mep_status_t tcp_join(Endpoint hub, Membership membership, const Secret &secret,
     int pause_ms = kRetryMsMin;
     for (;;) {
         Descriptor socket;
-        const int error = connect_to(hub, at_most(deadline, kConnectTimeoutUs), &socket);
+        const int error = connect_to(hub, deadline.within(kConnectTimeoutUs), &socket);
         if (error == 0) {
             auto spoke = std::make_unique<Spoke>(std::move(socket), membership);
             const mep_status_t status = spoke->greet(secret, deadline);

@@ -95,6 +95,7 @@ mep_status_t Buffer::create(std::shared_ptr<Group> group, const mep_buffer_confi
     created->group_ = std::move(group);
     Group &g = *created->group_;
     Formation *formation = &g.formation();
+    const Formation::Call call(formation);
     // From here on every rank takes every collective step, whatever became of its own.
     mep_status_t status = config_status;
     if (status == MEP_OK) status = formation->all_reachable();

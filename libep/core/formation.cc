@@ -41,14 +41,14 @@ mep_status_t Formation::create(const mep_group_config_t &config, const Backend &
     created->backend_ = &backend;
     created->device_ = std::move(device);
     created->timeout_us_ = timeout_us;
-    const Deadline deadline(timeout_us);
-    EP_TRY(created->meet(config, deadline));
+    created->call_ = Deadline(timeout_us);
+    EP_TRY(created->meet(config));
     GroupFacts facts;
     EP_TRY(created->gather_facts(config, history, &facts));
     if (created->members_.size() > 1) EP_TRY(created->try_transports(&facts));
     EP_TRY(created->look_for_nccl(&facts));
     created->adopt(facts);
-    EP_TRY(created->create_engine(config, facts, deadline));
+    EP_TRY(created->create_engine(config, facts));
     *formation = std::move(created);
     return MEP_OK;
 }
@@ -78,7 +78,7 @@ mep_status_t Formation::read_present(const mep_group_config_t &config) {
     return MEP_OK;
 }
 
-mep_status_t Formation::meet(const mep_group_config_t &config, const Deadline &deadline) {
+mep_status_t Formation::meet(const mep_group_config_t &config) {
     const bool by_environment = config.all_gather == nullptr && config.unique_id == nullptr &&
                                 config.world == nullptr && config.rank_count != 1;
     if (by_environment) {
@@ -87,7 +87,7 @@ mep_status_t Formation::meet(const mep_group_config_t &config, const Deadline &d
                         "config.active_ranks needs config.all_gather, config.unique_id or "
                         "config.world, as the environment is of all ranks");
         Membership membership{config.rank, config.rank_count};
-        EP_TRY(bootstrap_from_environment(&membership, deadline, &bootstrap_));
+        EP_TRY(bootstrap_from_environment(&membership, deadline(), &bootstrap_));
         mep_group_config_t found = config;
         found.rank = membership.rank;
         found.rank_count = membership.rank_count;
@@ -101,7 +101,7 @@ mep_status_t Formation::meet(const mep_group_config_t &config, const Deadline &d
         return bootstrap_from_callback({place, count}, config.all_gather, config.all_gather_context,
                                        &bootstrap_);
     if (config.unique_id != nullptr)
-        return bootstrap_from_unique_id({place, count}, *config.unique_id, deadline, &bootstrap_);
+        return bootstrap_from_unique_id({place, count}, *config.unique_id, deadline(), &bootstrap_);
     if (config.world != nullptr)
         return bootstrap_from_world({place, count}, config.world, &bootstrap_);
     bootstrap_ = bootstrap_alone();
@@ -237,8 +237,7 @@ mep_status_t Formation::try_transports(GroupFacts *facts) {
     for (int peer = 0; peer < ranks; ++peer)
         peers[peer] = sent[size_t(peer) * ranks + rank_] == Trial::kArrived;
     std::vector<uint8_t> heard, heard_by_all;
-    const bool soon = timeout_us_ == kTimeoutNever || timeout_us_ > kWaitUs;
-    EP_TRY(agree(trial.listen(peers, Deadline(soon ? kWaitUs : timeout_us_.load()), &heard)));
+    EP_TRY(agree(trial.listen(peers, deadline().within(kWaitUs), &heard)));
     trial.unmap();  // before any owner frees its window, which it does after this:
     EP_TRY(gather_rows(heard, &heard_by_all));
     for (int from = 0; from < ranks; ++from)
@@ -303,8 +302,7 @@ void Formation::warn_of_threads(int first_sharer) const {
         device_sharers_);
 }
 
-mep_status_t Formation::create_engine(const mep_group_config_t &config, const GroupFacts &facts,
-                                      const Deadline &deadline) {
+mep_status_t Formation::create_engine(const mep_group_config_t &config, const GroupFacts &facts) {
     bool wanted = false;
     for (int one = 0; one < rank_count(); ++one)
         for (const bool far : far_peers(facts, one))
@@ -316,7 +314,7 @@ mep_status_t Formation::create_engine(const mep_group_config_t &config, const Gr
     };
     if (facts.engine == kEngineNccl)
         return agree(device_engine_by_nccl(device_, Nccl::of(backend_->id), rank_, present_,
-                                           far_peers(facts, rank_), gather, deadline,
+                                           far_peers(facts, rank_), gather, deadline(),
                                            &device_engine_));
     if (facts.engine == kEngineCallerOnStream) {
         device_engine_ = device_engine_by_callback(
@@ -329,7 +327,7 @@ mep_status_t Formation::create_engine(const mep_group_config_t &config, const Gr
         constexpr const char *kLoopback = "127.0.0.1";
         const char *address = facts.ranks[rank_].tcp_address;
         EP_TRY(engine_by_tcp(rank_, rank_count(), *address == '\0' ? kLoopback : address, gather,
-                             deadline, &engine_));
+                             deadline(), &engine_));
     }
     if (!device_->is_synchronous())
         device_engine_ = device_engine_by_host(device_.get(), std::move(engine_));
@@ -348,11 +346,10 @@ mep_status_t Formation::gather_rows(const std::vector<Byte> &row, std::vector<By
 }
 
 mep_status_t Formation::all_gather(const void *send, void *receive, size_t bytes) {
-    const Deadline deadline(timeout_us_);
     if (members_.size() == present_.size())
-        return bootstrap_->all_gather(send, receive, bytes, deadline);
+        return bootstrap_->all_gather(send, receive, bytes, deadline());
     std::vector<char> gathered(members_.size() * bytes);
-    EP_TRY(bootstrap_->all_gather(send, gathered.data(), bytes, deadline));
+    EP_TRY(bootstrap_->all_gather(send, gathered.data(), bytes, deadline()));
     std::memset(receive, 0, present_.size() * bytes);
     for (size_t place = 0; place < members_.size(); ++place)
         std::memcpy(static_cast<char *>(receive) + members_[place] * bytes,

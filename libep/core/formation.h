@@ -14,6 +14,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,7 +30,23 @@ class Formation {
         int32_t buffer_count;  // that are to be made anew
     };
 
-    // `config` as the caller gave it, already read. Collective, among the ranks that it names.
+    // While this lives, all collective steps share one deadline, that of the call which takes them:
+    // it ends in time however many they are and whatever is done between them.
+    class Call {
+      public:
+        explicit Call(Formation *formation) : formation_(*formation) {
+            formation_.call_ = Deadline(formation_.timeout_us_);
+        }
+        Call(const Call &) = delete;
+        Call &operator=(const Call &) = delete;
+        ~Call() { formation_.call_.reset(); }
+
+      private:
+        Formation &formation_;
+    };
+
+    // `config` as the caller gave it, already read. Collective, among the ranks that it names. The
+    // deadline goes on for the steps that follow, until settle().
     static mep_status_t create(const mep_group_config_t &config, const Backend &backend,
                                std::shared_ptr<Device> device, int64_t timeout_us,
                                const History &history, std::unique_ptr<Formation> *formation);
@@ -77,8 +94,16 @@ class Formation {
     // After this every collective call fails.
     void leave() { bootstrap_.reset(); }
 
-    // Of each collective step from now on.
+    // Of calls from now on.
     void set_timeout(int64_t timeout_us) { timeout_us_ = timeout_us; }
+
+    // The call that has created this ends.
+    void settle(int64_t timeout_us) {
+        set_timeout(timeout_us);
+        call_.reset();
+    }
+
+    Deadline deadline() const { return call_.has_value() ? *call_ : Deadline(timeout_us_); }
 
     // `receive` [rank]: zeros of ranks that are not there.
     mep_status_t all_gather(const void *send, void *receive, size_t bytes);
@@ -90,7 +115,7 @@ class Formation {
   private:
     Formation() = default;
     mep_status_t read_present(const mep_group_config_t &config);
-    mep_status_t meet(const mep_group_config_t &config, const Deadline &deadline);
+    mep_status_t meet(const mep_group_config_t &config);
     mep_status_t gather_facts(const mep_group_config_t &config, const History &history,
                               GroupFacts *facts);
     mep_status_t compare(const Greeting &mine, int peer, const Greeting &theirs) const;
@@ -98,8 +123,7 @@ class Formation {
                            std::vector<Access> *row) const;
     mep_status_t try_transports(GroupFacts *facts);
     mep_status_t look_for_nccl(GroupFacts *facts);
-    mep_status_t create_engine(const mep_group_config_t &config, const GroupFacts &facts,
-                               const Deadline &deadline);
+    mep_status_t create_engine(const mep_group_config_t &config, const GroupFacts &facts);
     void adopt(const GroupFacts &facts);
     void warn_of_threads(int first_sharer) const;
     // Whether P2pGate says who may reach whom.
@@ -112,6 +136,7 @@ class Formation {
     std::vector<bool> present_;  // [rank]
     std::vector<int> members_;   // the ranks that are, in order
     std::atomic<int64_t> timeout_us_{0};
+    std::optional<Deadline> call_;
     const Backend *backend_ = nullptr;
     std::shared_ptr<Device> device_;
     std::unique_ptr<Bootstrap> bootstrap_;  // among members_, by their place

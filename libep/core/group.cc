@@ -21,6 +21,7 @@ mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Gro
     created->timeout_us_ = config.timeout_us == 0 ? kTimeoutDefaultUs : config.timeout_us;
     EP_TRY(Formation::create(config, *created->backend_, created->device_, created->timeout_us_,
                              {0, 0}, &created->formation_));
+    created->formation_->settle(created->timeout_us_);
     if (backend != MEP_BACKEND_CPU)
         log(MEP_LOG_INFO, "IBGDA unavailable, using P2P-only path: %s", rdma().reason.c_str());
     log(MEP_LOG_INFO, "rank %d of %d joined on %s", created->rank(), created->rank_count(),
@@ -72,7 +73,7 @@ mep_status_t Group::update(const mep_group_config_t &given) {
     // All have said of the last step that it went well: nobody goes back from here on.
     for (size_t i = 0; i < buffers_.size(); ++i)
         EP_TRY(buffers_[i]->adopt(*next, std::move(renewals[i])));
-    next->set_timeout(timeout_us_);
+    next->settle(timeout_us_);
     formation_ = std::move(next);  // after the buffers let go of the old one's engines
     log(MEP_LOG_INFO, "rank %d of %d: update %llu of the group", rank(), rank_count(),
         static_cast<unsigned long long>(formation_->generation()));
