@@ -134,7 +134,7 @@ def _find(array: object, device: int) -> Framework:
             return _FACTORIES[root](device)
     if device == CPU and hasattr(array, "__array_namespace__"):
         return _array_api(array.__array_namespace__())
-    raise TypeError(f"outputs like a {type(array).__name__} cannot be allocated: pass out=")
+    raise TypeError(f"x: outputs like a {type(array).__name__} cannot be allocated: pass out=")
 
 
 def _dtype_name(dtype: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._ffi import ffi
+from ._lib import c_bytes, function, listed
 
 # Gathers one bytes object of the same length from each rank, ordered by rank. Blocking.
 AllGather = Callable[[bytes], Sequence[bytes]]
@@ -28,23 +29,23 @@ class Callbacks:
         all_gather: AllGather | None,
         all_to_all: AllToAll | None,
         all_to_all_on_stream: AllToAllOnStream | None,
-        member_count: int | None = None,
+        member_count: int,
     ) -> None:
-        """Wrap what is given. ``member_count``: of ranks that gather; None: all."""
+        """Wrap what is given. ``member_count``: of ranks that gather."""
         self._rank_count = rank_count
-        self._member_count = rank_count if member_count is None else member_count
+        self._member_count = member_count
         self._all_gather, self._all_to_all = all_gather, all_to_all
         self._all_to_all_on_stream = all_to_all_on_stream
         self._error: BaseException | None = None
         self.fields: dict[str, Any] = {}  # of mep_group_config_t
-        if all_gather is not None:
-            self.fields["all_gather"] = ffi.callback("mep_all_gather_callback_t")(self._gather)
-        if all_to_all is not None:
-            self.fields["all_to_all"] = ffi.callback("mep_all_to_all_callback_t")(self._exchange)
-        if all_to_all_on_stream is not None:
-            self.fields["all_to_all_on_stream"] = ffi.callback(
-                "mep_all_to_all_on_stream_callback_t"
-            )(self._queue_exchange)
+        for name, given, wrapper in (
+            ("all_gather", all_gather, self._gather),
+            ("all_to_all", all_to_all, self._exchange),
+            ("all_to_all_on_stream", all_to_all_on_stream, self._queue_exchange),
+        ):
+            if given is not None:
+                function(given, name)
+                self.fields[name] = ffi.callback(f"mep_{name}_callback_t")(wrapper)
 
     def take_error(self) -> BaseException | None:
         """Return what the last call raised, once."""
@@ -54,7 +55,11 @@ class Callbacks:
     def _gather(self, _context: Any, send: Any, receive: Any, count: int) -> int:
         try:
             assert self._all_gather is not None
-            gathered = list(self._all_gather(bytes(ffi.buffer(send, count))))
+            returned = self._all_gather(bytes(ffi.buffer(send, count)))
+            gathered = [
+                c_bytes(part, f"all_gather(data)[{index}]")
+                for index, part in enumerate(listed(returned, "all_gather(data)", "bytes"))
+            ]
             lengths = [len(part) for part in gathered]
             if lengths != [count] * self._member_count:
                 raise ValueError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ._arrays import OUTPUTS, OutputPlan
 from ._dlpack import Slot, borrow
 from ._ffi import ffi
-from ._lib import lib, struct
+from ._lib import lib, struct, wrong_type
 from ._rounds import Dispatched
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class DispatchCall:
     def borrow_outputs(self, out: Dispatched, stream: int | None) -> tuple[object, ...]:
         """Point the output structs at the caller's arrays."""
         if type(out) is not Dispatched:
-            raise TypeError(f"out is a {type(out).__name__}, not a Dispatched")
+            raise wrong_type(out, "out", "not a Dispatched")
         args, arrays = self.args, (out.x, out.count, out.src_info, out.layout_range, out.scales)
         x, count, src_info, layout_range, scales = self.outputs
         args.out_x, args.out_count = x.tensor, count.tensor

@@ -157,11 +157,15 @@ def borrow(
     try:
         if fill is not None:
             return fill(array, slot.address)
-        borrower = _borrowers.get(type(array)) or _find_borrower(name, type(array))
-        return borrower(array, slot, writable, stream)
-    except (BufferError, RuntimeError, ValueError) as error:  # torch adds a C++ trace
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{name}: {reason}") from error
+        borrower = _borrowers.get(type(array))
+        if borrower is not None:
+            return borrower(array, slot, writable, stream)
+    except Exception as error:  # of any type: it comes from the code of a framework
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        reason = str(error).partition("\n")[0]  # torch adds a C++ trace
+        raise kind(f"{name}: {reason}") from error
+    _find_borrower(name, type(array))
+    return borrow(name, array, slot, writable, stream)
 
 
 def root_modules(array_type: type) -> Iterator[str]:
@@ -182,7 +186,8 @@ def exchange_api(array_type: type) -> Any:
     return table.contents if table else None
 
 
-def _find_borrower(name: str, array_type: type) -> _Borrower:
+def _find_borrower(name: str, array_type: type) -> None:
+    """Choose how to borrow arrays of a type, for all calls to come."""
     api = exchange_api(array_type)
     roots = set(root_modules(array_type))
     borrower: _Borrower
@@ -201,7 +206,6 @@ def _find_borrower(name: str, array_type: type) -> _Borrower:
     else:
         borrower = _borrow_jax if roots & {"jax", "jaxlib"} else _borrow_capsule
     _borrowers[array_type] = borrower
-    return borrower
 
 
 def _borrow_numpy(array: Any, slot: Slot, writable: bool, _stream: int | None) -> object:
@@ -264,6 +268,10 @@ def _borrow_capsule(array: Any, slot: Slot, writable: bool, stream: int | None) 
             raise ValueError("the array is read-only")
         address += ctypes.sizeof(_VersionedHeader)
     else:
-        address = _get_pointer(capsule, b"dltensor")
+        try:
+            address = _get_pointer(capsule, b"dltensor")
+        except ValueError:
+            kind = type(capsule).__name__
+            raise ValueError(f"its __dlpack__() gave a {kind}, no unused DLPack capsule") from None
     ctypes.memmove(slot.address, address, _TENSOR_BYTES)
     return capsule

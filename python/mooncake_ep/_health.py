@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._ffi import ffi
-from ._lib import check, lib, struct
+from ._lib import check, int32, lib, struct
 
 _EVENTS_AT_ONCE = 64
 _PHASES = {
@@ -80,7 +80,7 @@ def read_counters(c_buffer: Any) -> BufferCounters:
 def read_peer(c_buffer: Any, peer: int) -> PeerCounters:
     """Read what was counted of a peer."""
     counters = struct("mep_peer_counters_t")
-    check(lib.mep_buffer_query_peer(c_buffer, peer, counters))
+    check(lib.mep_buffer_query_peer(c_buffer, int32(peer, "peer"), counters))
     return PeerCounters(counters.rows_sent, counters.rows_received, counters.waited_us / 1e6)
 
 
@@ -110,5 +110,7 @@ def read_mask(c_buffer: Any, rank_count: int) -> list[bool]:
 
 def write_mask(c_buffer: Any, active: list[bool]) -> None:
     """Change it."""
-    words = ffi.new("int32_t[]", [int(bool(one)) for one in active])
-    check(lib.mep_buffer_set_mask(c_buffer, words, len(active)))
+    try:
+        check(lib.mep_buffer_set_mask(c_buffer, ffi.new("int32_t[]", active), len(active)))
+    except ValueError as error:  # which has the names of that function's arguments
+        raise ValueError(f"mask: {error}") from None

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ._dlpack import GPU, exchange_api, root_modules
+from ._lib import integer, shown
+
+POINTER_BITS = 64
 
 # device id -> the stream that is current there in this thread.
 StreamFinder = Callable[[int], int]
@@ -29,6 +32,14 @@ def stream_finder(array: object) -> StreamFinder | None:
     except KeyError:
         finder = _finders[array_type] = _find(array_type)
         return finder
+
+
+def native_stream(stream: Any) -> int:
+    """Take a caller's stream; what is none would be an address that a driver reads."""
+    handle = integer(stream, "stream")
+    if handle >> POINTER_BITS:
+        raise ValueError(f"stream is {shown(handle)}; a native stream is in [0, 2**{POINTER_BITS})")
+    return handle
 
 
 def _find(array_type: type) -> StreamFinder | None:

@@ -29,7 +29,22 @@ from ._health import (
     read_peer,
     write_mask,
 )
-from ._lib import EpError, check, failure, lib, struct, timeout_us
+from ._lib import (
+    EpError,
+    check,
+    choice,
+    failure,
+    int32,
+    lib,
+    listed,
+    no_choice,
+    shown,
+    struct,
+    timeout_us,
+    truth_value,
+    truth_values,
+    wrong_type,
+)
 from ._rounds import (
     PEER_FAILED,
     Dispatched,
@@ -40,7 +55,7 @@ from ._rounds import (
     received,
     sent,
 )
-from ._streams import StreamFinder, stream_finder
+from ._streams import POINTER_BITS, StreamFinder, native_stream, stream_finder
 from .group import Group
 
 _QUANTS = {None: lib.MEP_QUANT_NONE, "fp8": lib.MEP_QUANT_FP8, "fp8_pow2": lib.MEP_QUANT_FP8_POW2}
@@ -116,6 +131,8 @@ class Buffer:
             EpTimeoutError: a rank did not call.
             EpError: the ranks' values differ, or the group is closed.
         """
+        if not isinstance(group, Group):
+            raise wrong_type(group, "group", "not a Group")
         config = _config(
             max_tokens,
             hidden,
@@ -180,7 +197,7 @@ class Buffer:
             max_sms,
         )
         sizes = struct("mep_buffer_sizes_t")
-        check(lib.mep_buffer_query_sizes(config, rank_count, sizes))
+        check(lib.mep_buffer_query_sizes(config, int32(rank_count, "rank_count"), sizes))
         return BufferSizes(sizes.window_bytes, sizes.handle_bytes)
 
     @overload
@@ -283,6 +300,8 @@ class Buffer:
         args = call.args
         x_scales = None
         if type(x) is tuple:
+            if len(x) != 2:
+                raise ValueError(f"x is a tuple of {len(x)}; it must be an array or (x, scales)")
             x, x_scales = x
         waits = False
         if self._on_gpu or stream is not None:
@@ -299,15 +318,20 @@ class Buffer:
         args.x_scales = _NULL if x_scales is None else call.x_scales.tensor
         args.topk_weights = _NULL if topk_weights is None else call.topk_weights.tensor
         args.active_ranks = _NULL if active_ranks is None else call.active_ranks.tensor
-        if quant not in _QUANTS:
-            raise ValueError(f"quant {quant!r} is not None, 'fp8' or 'fp8_pow2'")
-        args.quant = _QUANTS[quant]
+        try:
+            args.quant = _QUANTS[quant]
+        except Exception:  # what cannot be hashed is none of them either
+            raise no_choice(quant, "quant", _QUANTS) from None
         self._set_common(args, timeout_s, stream, send_only)
         handle = self._new_handle() if handle is None else self._check_handle(handle)
         finish = None
         if out is None:
             key = (type(x), call.x.dtype, call.x.words[1], quant, scale_layout)
-            plan = self._plans.get(key) or self._new_plan(key, x)
+            try:
+                plan = self._plans.get(key)
+            except Exception:
+                raise no_choice(scale_layout, "scale_layout", _SCALE_LAYOUTS) from None
+            plan = plan or self._new_plan(key, x)
             out = call.allocate_outputs(plan)
             finish = plan.finish and partial(finish_dispatched, plan.finish)
         else:
@@ -418,7 +442,7 @@ class Buffer:
 
     @mask.setter
     def mask(self, active: Iterable[bool]) -> None:
-        write_mask(self._open(), list(active))
+        write_mask(self._open(), truth_values(active, "mask"))
 
     @property
     def closed(self) -> bool:
@@ -449,7 +473,10 @@ class Buffer:
         """Set what the arguments of dispatch and combine have in common."""
         args.timeout_us = 0 if timeout_s is None else timeout_us(timeout_s)
         args.stream = _NULL if stream is None else ffi.cast("void *", stream)
-        args.phases = _SEND if send_only else 0
+        if send_only is False:  # as nearly always
+            args.phases = 0
+        else:
+            args.phases = _SEND if truth_value(send_only, "send_only") else 0
 
     def _stream(self, finder: StreamFinder | None, stream: int | None) -> tuple[int, bool]:
         """Choose the stream of a call, and whether the host has to wait for its work.
@@ -457,8 +484,10 @@ class Buffer:
         It has to where nobody can tell the caller's stream, so that nobody can order the two.
         """
         if not self._on_gpu:
-            raise ValueError(f"stream {stream} was given, but the CPU has no streams")
+            raise ValueError(f"stream {shown(stream)} was given, but the CPU has no streams")
         if stream is not None:
+            if type(stream) is not int or stream >> POINTER_BITS:
+                stream = native_stream(stream)
             return stream, False
         return (0, True) if finder is None else (finder(self.group.device_id), False)
 
@@ -467,7 +496,7 @@ class Buffer:
         if type(handle) is Dispatched:
             handle = handle.handle
         if type(handle) is not Handle:
-            raise TypeError(f"handle is a {type(handle).__name__}, not a Handle or Dispatched")
+            raise wrong_type(handle, "handle", "not a Handle or Dispatched")
         if handle._buffer is not self:
             raise ValueError("handle belongs to another buffer")
         return handle
@@ -483,7 +512,7 @@ class Buffer:
     def _new_plan(self, key: tuple[Any, ...], x: object) -> OutputPlan:
         _, dtype, device, quant, scale_layout = key
         if scale_layout not in _SCALE_LAYOUTS:
-            raise ValueError(f"scale_layout {scale_layout!r} is not one of {_SCALE_LAYOUTS}")
+            raise no_choice(scale_layout, "scale_layout", _SCALE_LAYOUTS)
         has_scales = quant is not None or dtype in (_FLOAT8, _BYTES)
         if quant is not None:
             dtype = _FLOAT8
@@ -527,21 +556,19 @@ def _config(
     max_sms: int,
 ) -> Any:
     bits = 0
-    for payload in payloads or ():
-        if payload not in _PAYLOADS:
-            raise ValueError(f"payload {payload!r} is not one of {', '.join(_PAYLOADS)}")
-        bits |= _PAYLOADS[payload]
+    for payload in () if payloads is None else listed(payloads, "payloads", "names"):
+        bits |= choice(payload, "payload", _PAYLOADS)
     return struct(
         "mep_buffer_config_t",
-        token_count_max=max_tokens,
-        hidden=hidden,
-        expert_count=experts,
-        topk_max=topk,
+        token_count_max=int32(max_tokens, "max_tokens"),
+        hidden=int32(hidden, "hidden"),
+        expert_count=int32(experts, "experts"),
+        topk_max=int32(topk, "topk"),
         payload_types=bits,
-        rounds_in_flight_max=rounds_in_flight,
-        fp32_partials=fp32_partials,
-        cpu_thread_count=threads,
-        sm_count_max=max_sms,
+        rounds_in_flight_max=int32(rounds_in_flight, "rounds_in_flight"),
+        fp32_partials=truth_value(fp32_partials, "fp32_partials"),
+        cpu_thread_count=int32(threads, "threads"),
+        sm_count_max=int32(max_sms, "max_sms"),
     )
 
 

@@ -21,14 +21,21 @@ from ._ffi import ffi
 from ._lib import (
     BACKENDS,
     EpError,
-    backend_code,
+    c_bytes,
     c_text,
     check,
+    choice,
     failure,
+    function,
+    int32,
     lib,
+    shown,
     struct,
     text,
     timeout_us,
+    truth_value,
+    truth_values,
+    wrong_type,
 )
 
 _BACKEND_NAMES = {code: name for name, code in BACKENDS.items()}
@@ -75,8 +82,8 @@ class World:
     def __init__(self, rank_count: int) -> None:
         """Make a meeting point for ``rank_count`` threads, which call Group.from_world()."""
         world = ffi.new("mep_world_t **")
-        check(lib.mep_world_create(rank_count, world))
-        self.rank_count = rank_count
+        self.rank_count = int32(rank_count, "rank_count")
+        check(lib.mep_world_create(self.rank_count, world))
         self._c = world[0]
         self._destroy = weakref.finalize(self, lib.mep_world_destroy, self._c)
 
@@ -97,9 +104,10 @@ class Group:
     """One rank of a set of ranks that exchange tokens. Make one with a ``from_*`` method.
 
     Joining is collective and blocking. All of them take ``backend`` ("cpu", "cuda" or "maca"),
-    ``device_id`` of that backend, ``timeout_s``, the limit in seconds of each wait for another
-    rank, now and in later calls (None: 100 s; math.inf: never), and ``disable_p2p``: reach no
-    peer's memory, as if there were no way to it (also MOONCAKE_EP_DISABLE_P2P=1).
+    ``device_id`` of that backend, ``timeout_s``, the limit in seconds of this and other
+    collective calls, and of each wait for another rank in rounds (None: 100 s; math.inf: never),
+    and ``disable_p2p``: reach no peer's memory, as if there were no way to it (also
+    MOONCAKE_EP_DISABLE_P2P=1).
 
     Errors of all of them: ValueError; NotImplementedError (backend not available); EpTimeoutError
     (names the missing ranks); EpError (ranks disagree, wrong secret, rank taken, connection lost).
@@ -119,27 +127,26 @@ class Group:
     def __init__(
         self,
         callbacks: Callbacks | None = None,
-        active_ranks: Sequence[object] | None = None,
+        members: list[bool] | None = None,
         **fields: Any,
     ) -> None:
         """Join with these fields of mep_group_config_t; for the ``from_*`` methods."""
         self._callbacks = callbacks
         if callbacks is not None:
             fields |= callbacks.fields
-        words = _mask_words(active_ranks, fields.get("rank_count", 0))
+        words = _words(members)
         config = struct("mep_group_config_t", active_ranks=words, **fields)
         group = ffi.new("mep_group_t **")
         self._check(lib.mep_group_create(config, group))
         self._c = group[0]
         self._destroy = weakref.finalize(self, lib.mep_group_destroy, self._c)
-        info = struct("mep_group_info_t")
-        check(lib.mep_group_query(self._c, info))
+        info = self._query()
         self.rank: int = info.rank
         self.rank_count: int = info.rank_count
         self.backend: str = _BACKEND_NAMES[info.backend]
         self.device_id: int = info.device_id
-        self._timeout_s = math.inf if info.timeout_us < 0 else info.timeout_us / 1e6
-        self.active_ranks = _members(active_ranks, self.rank_count)
+        self._timeout_s = _seconds(info.timeout_us)
+        self.active_ranks = [True] * self.rank_count if members is None else members
 
     @classmethod
     def from_env(
@@ -172,7 +179,9 @@ class Group:
         """Join over TCP the group that create_unique_id() started, at the first rank that comes."""
         fields = _fields(backend, device_id, timeout_s, disable_p2p)
         fields["unique_id"] = _unique_id(unique_id)
-        return cls(None, active_ranks, rank=rank, rank_count=rank_count, **fields)
+        rank, rank_count = int32(rank, "rank"), int32(rank_count, "rank_count")
+        members = _members(active_ranks, rank_count)
+        return cls(None, members, rank=rank, rank_count=rank_count, **fields)
 
     @classmethod
     def from_world(
@@ -192,8 +201,9 @@ class Group:
         """
         fields = _fields(backend, device_id, timeout_s, disable_p2p)
         fields["world"] = _open_world(world)
-        rank_count = world.rank_count if active_ranks is None else len(active_ranks)
-        group = cls(None, active_ranks, rank=rank, rank_count=rank_count, **fields)
+        rank, members = int32(rank, "rank"), _members(active_ranks)
+        rank_count = world.rank_count if members is None else len(members)
+        group = cls(None, members, rank=rank, rank_count=rank_count, **fields)
         group._world = world
         return group
 
@@ -224,11 +234,17 @@ class Group:
         to receive at, and of sizes in bytes, and with the stream, as an integer, on which it queues
         that. What they raise becomes the cause of an EpError.
         """
+        rank, rank_count = int32(rank, "rank"), int32(rank_count, "rank_count")
+        members = _members(active_ranks, rank_count)
         callbacks = Callbacks(
-            rank_count, all_gather, all_to_all, all_to_all_on_stream, _count(active_ranks)
+            rank_count,
+            function(all_gather, "all_gather"),
+            all_to_all,
+            all_to_all_on_stream,
+            rank_count if members is None else sum(members),
         )
         fields = _fields(backend, device_id, timeout_s, disable_p2p)
-        return cls(callbacks, active_ranks, rank=rank, rank_count=rank_count, **fields)
+        return cls(callbacks, members, rank=rank, rank_count=rank_count, **fields)
 
     @classmethod
     def from_torch(
@@ -248,7 +264,7 @@ class Group:
         another one for GPUs only, by its batch_isend_irecv().
         """
         distributed = importlib.import_module("torch.distributed")
-        rank_count = distributed.get_world_size(process_group)
+        rank, rank_count = _place_in(process_group, distributed)
 
         def all_gather(data: bytes) -> list[bytes]:
             gathered: list[bytes] = [b""] * rank_count
@@ -258,7 +274,7 @@ class Group:
         return cls.from_callback(
             all_gather,
             *torch_engines(process_group, backend),
-            rank=distributed.get_rank(process_group),
+            rank=rank,
             rank_count=rank_count,
             backend=backend,
             device_id=device_id,
@@ -281,6 +297,9 @@ class Group:
         Where memory is not reached, rows of CPU ranks go by Alltoallv, if it has one, or else by
         TCP; of GPUs by NCCL or MCCL, or else by TCP.
         """
+        for name in ("Get_rank", "Get_size", "allgather"):
+            if not callable(getattr(comm, name, None)):
+                raise wrong_type(comm, "comm", f"not a communicator: it has no {name}()")
         return cls.from_callback(
             comm.allgather,
             mpi_all_to_all(comm) if backend == "cpu" and hasattr(comm, "Alltoallv") else None,
@@ -317,22 +336,23 @@ class Group:
     def transport(self, peer: int) -> Transport:
         """Tell how rank ``peer`` is reached, and why; ValueError if there is no such rank."""
         info = struct("mep_transport_info_t")
-        check(lib.mep_group_query_transport(self._open(), peer, info))
+        number = int32(peer, "peer")
+        check(lib.mep_group_query_transport(self._open(), number, info))
         return Transport(info.kind, text(info.name), text(info.reason))
 
     @property
     def timeout_s(self) -> float:
         """Limit in seconds of each wait for another rank; math.inf: never.
 
-        May be set at any time, from any thread: calls that bring none of their own follow, also
-        those that are captured in graphs, and waits that are under way.
+        May be set at any time, from any thread (None: 100 s): calls that bring none of their own
+        follow, also those that are captured in graphs, and waits that are under way.
         """
         return self._timeout_s
 
     @timeout_s.setter
     def timeout_s(self, value: float) -> None:
         check(lib.mep_group_set_timeout(self._open(), timeout_us(value)))
-        self._timeout_s = value
+        self._timeout_s = _seconds(self._query().timeout_us)
 
     def update(
         self,
@@ -354,22 +374,23 @@ class Group:
         then makes the group's buffers in the order in which the others made them; the others return
         from here when it has made the last. Rounds that were sent must be received before. After it
         all the ranks named are active in every buffer's mask, and handles hold no dispatch; graphs
-        go on, with the new ranks too, where rows go through memory. ``timeout_s``: of each step.
+        go on, with the new ranks too, where rows go through memory. ``timeout_s``: of it all.
 
         If it fails nothing has changed here, but that all_gather() and new buffers need the
         meeting point that may be lost; another update may be tried, also if it did not fail on all.
         Errors: as of joining; EpError (a round is in flight; the buffers differ).
         """
-        members = [True] * self.rank_count if active_ranks is None else active_ranks
+        members = _members(active_ranks, self.rank_count) or [True] * self.rank_count
         callbacks = Callbacks(
-            self.rank_count, all_gather, all_to_all, all_to_all_on_stream, _count(members)
+            self.rank_count, all_gather, all_to_all, all_to_all_on_stream, sum(members)
         )
-        fields: dict[str, Any] = {"disable_p2p": bool(disable_p2p)} | callbacks.fields
+        fields: dict[str, Any] = {"disable_p2p": truth_value(disable_p2p, "disable_p2p")}
+        fields |= callbacks.fields
         if unique_id is not None:
             fields["unique_id"] = _unique_id(unique_id)
         if world is not None:
             fields["world"] = _open_world(world)
-        words = _mask_words(members, self.rank_count)
+        words = _words(members)
         config = struct(
             "mep_group_config_t", active_ranks=words, timeout_us=timeout_us(timeout_s), **fields
         )
@@ -380,7 +401,7 @@ class Group:
             self._callbacks = before
             raise
         self._world = world
-        self.active_ranks = _members(members, self.rank_count)
+        self.active_ranks = members
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """Gather bytes of the same length, at most 1 MiB, from each rank; also a barrier.
@@ -388,10 +409,14 @@ class Group:
         Collective. Returns one bytes object per rank, zeros of those not in the group. Errors:
         ValueError, EpTimeoutError, EpError (lengths differ).
         """
-        receive = ffi.new("char[]", len(data) * self.rank_count)
-        self._check(lib.mep_group_all_gather(self._open(), data, receive, len(data)))
+        send = c_bytes(data, "data")
+        if not 1 <= len(send) <= lib.MEP_ALL_GATHER_BYTES_MAX:
+            most = lib.MEP_ALL_GATHER_BYTES_MAX
+            raise ValueError(f"data has {len(send)} bytes; it must have 1 to {most}")
+        receive = ffi.new("char[]", len(send) * self.rank_count)
+        self._check(lib.mep_group_all_gather(self._open(), send, receive, len(send)))
         gathered = bytes(ffi.buffer(receive))
-        return [gathered[rank * len(data) :][: len(data)] for rank in range(self.rank_count)]
+        return [gathered[rank * len(send) :][: len(send)] for rank in range(self.rank_count)]
 
     def barrier(self) -> None:
         """Wait until every rank is here. Collective."""
@@ -420,6 +445,12 @@ class Group:
             raise EpError("the group is closed")
         return self._c
 
+    def _query(self) -> Any:
+        """Return the ``mep_group_info_t`` of the group."""
+        info = struct("mep_group_info_t")
+        check(lib.mep_group_query(self._c, info))
+        return info
+
     def _cause(self) -> Exception | None:
         """Return what a collective of the caller has raised, to be the cause of a failure.
 
@@ -446,7 +477,7 @@ class Group:
 def _open_world(world: World) -> Any:
     """Return the ``mep_world_t *`` of an open world."""
     if not isinstance(world, World):
-        raise TypeError(f"world is a {type(world).__name__}, not a World")
+        raise wrong_type(world, "world", "not a World")
     if not world._destroy.alive:
         raise EpError("the world is closed")
     return world._c
@@ -456,34 +487,44 @@ def _fields(
     backend: str, device_id: int, timeout_s: float | None, disable_p2p: bool
 ) -> dict[str, Any]:
     return {
-        "backend": backend_code(backend),
-        "device_id": device_id,
+        "backend": choice(backend, "backend", BACKENDS),
+        "device_id": int32(device_id, "device_id"),
         "timeout_us": timeout_us(timeout_s),
-        "disable_p2p": bool(disable_p2p),
+        "disable_p2p": truth_value(disable_p2p, "disable_p2p"),
     }
 
 
-def _members(active_ranks: Sequence[object] | None, rank_count: int) -> list[bool]:
-    return [True] * rank_count if active_ranks is None else [bool(one) for one in active_ranks]
+def _seconds(timeout_us: int) -> float:
+    return math.inf if timeout_us < 0 else timeout_us / 1e6
 
 
-def _count(active_ranks: Sequence[object] | None) -> int | None:
-    return None if active_ranks is None else sum(map(bool, active_ranks))
+def _members(
+    active_ranks: Sequence[object] | None, rank_count: int | None = None
+) -> list[bool] | None:
+    return None if active_ranks is None else truth_values(active_ranks, "active_ranks", rank_count)
 
 
-def _mask_words(active_ranks: Sequence[object] | None, rank_count: int) -> Any:
-    """Make what the C API takes for a sequence of truth values; NULL for None."""
-    if active_ranks is None:
-        return ffi.NULL
-    words = [int(bool(one)) for one in active_ranks]
-    if len(words) != rank_count:
-        raise ValueError(f"active_ranks has {len(words)} values, not one for each of {rank_count}")
-    return ffi.new("int32_t[]", words)
+def _words(members: list[bool] | None) -> Any:
+    """Make what the C API takes for a list of members; NULL for None."""
+    return ffi.NULL if members is None else ffi.new("int32_t[]", members)
+
+
+def _place_in(process_group: Any, distributed: Any) -> tuple[int, int]:
+    """Return this process's rank in a torch.distributed process group, and its rank count."""
+    try:
+        place = distributed.get_rank(process_group), distributed.get_world_size(process_group)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"process_group {shown(process_group)}: {reason}") from error
+    if place[0] == -1:  # torch's for a group of others
+        raise ValueError(f"process_group {shown(process_group)} is one without this rank")
+    return place
 
 
 def _unique_id(unique_id: bytes) -> Any:
-    if len(unique_id) != lib.MEP_UNIQUE_ID_BYTES:
-        raise ValueError(f"unique_id has {len(unique_id)} bytes, not {lib.MEP_UNIQUE_ID_BYTES}")
+    content = c_bytes(unique_id, "unique_id")
+    if len(content) != lib.MEP_UNIQUE_ID_BYTES:
+        raise ValueError(f"unique_id has {len(content)} bytes, not {lib.MEP_UNIQUE_ID_BYTES}")
     value = ffi.new("mep_unique_id_t *")
-    ffi.memmove(value, unique_id, lib.MEP_UNIQUE_ID_BYTES)
+    ffi.memmove(value, content, lib.MEP_UNIQUE_ID_BYTES)
     return value

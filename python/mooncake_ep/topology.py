@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._ffi import ffi
-from ._lib import c_text, check, lib, text
+from ._lib import c_path, c_text, check, int32, lib, text
 
 _UNKNOWN = "-"
 
@@ -58,7 +58,7 @@ class Topology:
         Errors: EpError (names the file that cannot be read, or the NIC without a port).
         """
         topology = ffi.new("mep_topology_t **")
-        where = ffi.NULL if root is None else os.fsencode(root)
+        where = ffi.NULL if root is None else c_path(root, "root")
         check(lib.mep_topology_read(where, topology))
         return cls(topology[0])
 
@@ -91,7 +91,7 @@ class Topology:
         """
         name = ffi.new("char **")
         chosen = ffi.NULL if only is None else c_text(only, "only")
-        check(lib.mep_topology_nic(self._c, gpu, chosen, name))
+        check(lib.mep_topology_nic(self._c, int32(gpu, "gpu"), chosen, name))
         return text(name[0])
 
     @property

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mooncake_ep as ep
-from devices import on_cpu
+from devices import make_single, on_cpu
 from ranks import Rank, Runner
 
 pytestmark = pytest.mark.any_backend
@@ -38,6 +38,20 @@ def describe(rank: Rank) -> None:
 
 def test_a_buffer_knows_its_sizes(run: Runner) -> None:
     run(describe, 2)
+
+
+def test_a_mask_that_is_none_is_refused_by_name() -> None:
+    with make_single() as group, ep.Buffer(group, **SHAPE) as buffer:
+        buffer.mask = iter([True])  # type: ignore[assignment]
+        for mask, error, message in (
+            ([True, True], ValueError, "mask: count is 2"),
+            ([False], ValueError, r"mask: active\[0\] is 0"),
+            ("1", TypeError, "mask is a str"),
+            (1, TypeError, "mask is a int"),
+        ):
+            with pytest.raises(error, match=message):
+                buffer.mask = mask  # type: ignore[assignment]
+        assert buffer.mask == [True]
 
 
 def limit_sms(rank: Rank) -> None:

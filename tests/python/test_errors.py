@@ -59,6 +59,7 @@ NUMPY_ONLY = {
     "x is read-only": "a tensor can be written to",
     "out is read-only": "a tensor can be written to",
     "active_ranks is read-only": "a tensor can be written to",
+    "send_only is neither": "what copies arrays to a device asks for it first",
     "a stream on the CPU": "GPUs have streams",
 }
 
@@ -97,7 +98,7 @@ INPUTS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "x has unaligned rows": (ValueError, "rows", {"x": np.ones((3, HIDDEN + 4), BF16)[:, :HIDDEN]}),
     "x is fp8 without scales": (ValueError, "x_scales is NULL", {"x": X.astype(FP8)}),
     "x is bf16 with scales": (ValueError, "x_scales is given", {"x": (X, SCALES)}),
-    "x is a triple": (ValueError, "unpack", {"x": (X, SCALES, SCALES)}),
+    "x is a triple": (ValueError, "x is a tuple of 3", {"x": (X, SCALES, SCALES)}),
     "scales are narrow": (ValueError, "x_scales has shape", {"x": (X.astype(FP8), SCALES[:, :0])}),
     "scales are float64": (ValueError, "x_scales", {"x": (X.astype(FP8), SCALES.astype("f8"))}),
     "x is fp8 with quant": (ValueError, "quant", {"x": (X.astype(FP8), SCALES), "quant": "fp8"}),
@@ -117,7 +118,11 @@ INPUTS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         "active_ranks: the array is read-only",
         {"active_ranks": read_only(np.ones(1, np.int32))},
     ),
+    "quant is a list": (ValueError, r"quant \[\]", {"quant": []}),
+    "scale_layout is a list": (ValueError, r"scale_layout \[\]", {"scale_layout": []}),
+    "send_only is neither": (TypeError, "send_only is a ndarray", {"send_only": np.ones(2)}),
     "timeout is 0": (ValueError, "timeout_s", {"timeout_s": 0}),
+    "timeout is a text": (TypeError, "timeout_s is a str", {"timeout_s": "1"}),
     "a stream on the CPU": (ValueError, "stream 1", {"stream": 1}),
     "handle is a list": (TypeError, "handle is a list", {"handle": []}),
     "out is an array": (TypeError, "out is a ndarray", {"out": X}),
@@ -134,16 +139,16 @@ def test_dispatch_refuses_wrong_inputs(buffer: ep.Buffer, case: str) -> None:
 
 
 OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "x has a wrong type": ("out_x", {"x": np.empty((LOCAL, ROWS, HIDDEN), np.float16)}),
-    "x has a wrong shape": ("out_x", {"x": np.empty((LOCAL, ROWS + 1, HIDDEN), BF16)}),
-    "x has gaps": ("out_x", {"x": np.empty((LOCAL, ROWS, 2 * HIDDEN), BF16)[:, :, :HIDDEN]}),
-    "x is unaligned": ("out_x", {"x": unaligned((LOCAL, ROWS, HIDDEN), BF16)}),
+    "x has a wrong type": (r"out\.x ", {"x": np.empty((LOCAL, ROWS, HIDDEN), np.float16)}),
+    "x has a wrong shape": (r"out\.x ", {"x": np.empty((LOCAL, ROWS + 1, HIDDEN), BF16)}),
+    "x has gaps": (r"out\.x ", {"x": np.empty((LOCAL, ROWS, 2 * HIDDEN), BF16)[:, :, :HIDDEN]}),
+    "x is unaligned": (r"out\.x\.data", {"x": unaligned((LOCAL, ROWS, HIDDEN), BF16)}),
     "x is read-only": (r"out\.x: .*read-only", {"x": read_only(Y.copy())}),
-    "count is int64": ("out_count", {"count": np.empty(LOCAL, np.int64)}),
-    "count is long": ("out_count", {"count": np.empty(LOCAL + 1, np.int32)}),
-    "src_info is short": ("out_src_info", {"src_info": np.empty((LOCAL, 1), np.int32)}),
-    "layout_range is int32": ("out_layout_range", {"layout_range": np.empty((LOCAL, 1), np.int32)}),
-    "scales without fp8": ("out_scales", {"scales": np.empty((LOCAL, ROWS, 1), np.float32)}),
+    "count is int64": (r"out\.count ", {"count": np.empty(LOCAL, np.int64)}),
+    "count is long": (r"out\.count ", {"count": np.empty(LOCAL + 1, np.int32)}),
+    "src_info is short": (r"out\.src_info ", {"src_info": np.empty((LOCAL, 1), np.int32)}),
+    "layout_range is int32": ("out.layout_range", {"layout_range": np.empty((LOCAL, 1), np.int32)}),
+    "scales without fp8": (r"out\.scales ", {"scales": np.empty((LOCAL, ROWS, 1), np.float32)}),
 }  # fmt: skip
 
 
@@ -164,7 +169,7 @@ def test_dispatch_refuses_wrong_outputs(buffer: ep.Buffer, case: str) -> None:
 
 def test_fp8_outputs_need_scales(buffer: ep.Buffer) -> None:
     out = ep.Dispatched(np.empty((LOCAL, ROWS, HIDDEN), FP8), None, np.empty(LOCAL, np.int32))
-    with pytest.raises(ValueError, match="out_scales is NULL"):
+    with pytest.raises(ValueError, match=r"out\.scales is NULL"):
         buffer.dispatch(X, IDX, quant="fp8", out=out)
 
 
@@ -194,6 +199,30 @@ def test_combine_refuses_wrong_arguments(buffer: ep.Buffer, case: str) -> None:
     with pytest.raises(error, match=message):
         buffer.combine(**{"x": received.x, "handle": received, **change})
     assert buffer.combine(received.x, received).tobytes() == X.tobytes()
+
+
+# What a GPU's driver would read memory at.
+NO_STREAMS = {-1: ValueError, 2**64: ValueError, 1.0: TypeError, "": TypeError, object(): TypeError}
+
+
+@pytest.mark.cpu_only("nothing is asked of a GPU")
+@pytest.mark.parametrize("stream", NO_STREAMS)
+def test_what_is_no_stream_is_refused(
+    buffer: Any, monkeypatch: pytest.MonkeyPatch, stream: Any
+) -> None:
+    pending = buffer.dispatch(X, IDX, send_only=True)
+    received = buffer.dispatch(X, IDX)
+    refused = pytest.raises(NO_STREAMS[stream], match="stream is")
+    with monkeypatch.context() as patch:
+        patch.setattr(buffer, "_on_gpu", True)
+        with refused:
+            buffer.dispatch(X, IDX, stream=stream)
+        with refused:
+            buffer.combine(received.x, received, stream=stream)
+        with refused:
+            pending.receive(stream)
+    pending.receive()
+    assert buffer.counters().dispatches_sent == 2
 
 
 def test_a_tensor_on_another_device_is_refused(buffer: ep.Buffer) -> None:
@@ -244,17 +273,20 @@ def test_a_closed_buffer_says_so(buffer: ep.Buffer) -> None:
 # ---- Creating a buffer ---------------------------------------------------------------------------
 
 CONFIGS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "no tokens": (ValueError, "token_count_max", {"max_tokens": 0}),
-    "too many tokens": (ValueError, "token_count_max", {"max_tokens": 65537}),
+    "no tokens": (ValueError, "max_tokens is 0", {"max_tokens": 0}),
+    "too many tokens": (ValueError, "max_tokens is 65537", {"max_tokens": 65537}),
+    "half a token": (TypeError, "max_tokens is a float32", {"max_tokens": np.float32(1.5)}),
     "hidden is odd": (ValueError, "hidden", {"hidden": 4}),
     "hidden is not made of groups": (ValueError, "hidden", {"hidden": 64, "payloads": ["fp8"]}),
     "hidden is huge": (ValueError, "hidden", {"hidden": 2**40}),
-    "no experts": (ValueError, "expert_count", {"experts": 0}),
-    "too many choices": (ValueError, "topk_max", {"topk": 33}),
+    "no experts": (ValueError, "experts is 0", {"experts": 0}),
+    "too many choices": (ValueError, "topk is 33", {"topk": 33}),
     "unknown payload": (ValueError, "payload 'int8'", {"payloads": ["int8"]}),
-    "too many rounds": (ValueError, "rounds_in_flight_max", {"rounds_in_flight": 9}),
-    "too many threads": (ValueError, "cpu_thread_count", {"threads": 257}),
-    "too few multiprocessors": (ValueError, "sm_count_max is 2", {"max_sms": 2}),
+    "payloads as one name": (TypeError, "payloads is a str", {"payloads": "bf16"}),
+    "payloads as a number": (TypeError, "payloads is a int", {"payloads": 0}),
+    "too many rounds": (ValueError, "rounds_in_flight is 9", {"rounds_in_flight": 9}),
+    "too many threads": (ValueError, "threads is 257", {"threads": 257}),
+    "too few multiprocessors": (ValueError, "max_sms is 2", {"max_sms": 2}),
     "hidden is a float": (TypeError, "hidden is a float", {"hidden": 128.0}),
     "hidden is a string": (TypeError, "hidden is a str", {"hidden": "128"}),
 }

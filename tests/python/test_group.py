@@ -52,6 +52,14 @@ def test_timeout_is_100_seconds_by_default_and_infinity_means_never() -> None:
         assert group.timeout_s == math.inf
 
 
+def test_a_timeout_that_is_set_is_the_one_that_is_told() -> None:
+    with ep.Group.single() as group:
+        for given, told in ((math.inf, math.inf), (1e-9, 1e-6), (None, 100.0), (True, 1.0)):
+            group.timeout_s = given  # type: ignore[assignment]
+            assert group.timeout_s == told
+            assert type(group.timeout_s) is float
+
+
 @pytest.mark.parametrize("timeout_s", [0, -1, -math.inf, math.nan])
 def test_a_timeout_that_is_not_positive_is_refused(timeout_s: float) -> None:
     with pytest.raises(ValueError, match="timeout_s"):
@@ -74,10 +82,13 @@ def test_wrong_arguments_are_refused_and_the_group_stays_usable() -> None:
         for peer in (-1, 1):
             with pytest.raises(ValueError, match="peer"):
                 group.transport(peer)
-        with pytest.raises(ValueError, match="bytes"):
+        with pytest.raises(ValueError, match="data has 0 bytes"):
             group.all_gather(b"")
-        with pytest.raises(ValueError, match="bytes"):
+        with pytest.raises(ValueError, match="data has 1048577 bytes"):
             group.all_gather(bytes(lib.MEP_ALL_GATHER_BYTES_MAX + 1))
+        with pytest.raises(TypeError, match="data has elements of 4 bytes"):
+            group.all_gather(np.ones(1, np.float32))  # type: ignore[arg-type]
+        assert group.all_gather(np.frombuffer(b"z", np.uint8)) == [b"z"]  # type: ignore[arg-type]
         assert group.all_gather(b"y") == [b"y"]
 
 
@@ -190,8 +201,44 @@ def test_what_the_callback_raises_is_raised_again() -> None:
         ep.Group.from_callback(fail, rank=0, rank_count=2)
     with pytest.raises(ValueError, match="all_gather returned lengths"):
         ep.Group.from_callback(lambda data: [data], rank=0, rank_count=2)
-    with pytest.raises(TypeError):
+    with pytest.raises(
+        TypeError, match=r"all_gather\(data\) is a NoneType, not a sequence of bytes"
+    ):
         ep.Group.from_callback(lambda data: None, rank=0, rank_count=2)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match=r"all_gather\(data\)\[1\] is a str, not bytes"):
+        ep.Group.from_callback(lambda data: [data, "x"], rank=0, rank_count=2)  # type: ignore[list-item]
+
+
+def test_collectives_are_checked_before_they_are_needed() -> None:
+    for name in ("all_gather", "all_to_all", "all_to_all_on_stream"):
+        given: Any = {"all_gather": lambda data: [data], name: "x"}
+        with pytest.raises(TypeError, match=f"{name} is a str, not callable"):
+            ep.Group.from_callback(**given, rank=0, rank_count=1)
+        with ep.Group.single() as group, pytest.raises(TypeError, match=f"{name} is a str"):
+            group.update(**given)
+    with pytest.raises(TypeError, match="all_gather is a NoneType, not callable"):
+        ep.Group.from_callback(None, rank=0, rank_count=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="comm is a object, not a communicator"):
+        ep.Group.from_mpi(object())
+
+
+def test_active_ranks_are_truth_values_by_rank() -> None:
+    def join(active_ranks: Any) -> ep.Group:
+        with ep.World(1) as world:
+            return ep.Group.from_world(world, rank=0, active_ranks=active_ranks)
+
+    for members in ([1], (True,), np.ones(1, bool), iter([1]), b"\1"):
+        with join(members) as group:
+            assert group.active_ranks == [True]
+    with ep.Group.single() as group:
+        for wrong in ("1", {0: True}, 1, [np.ones(2)]):
+            with pytest.raises(TypeError, match="active_ranks"):
+                join(wrong)
+            with pytest.raises(TypeError, match="active_ranks"):
+                group.update(wrong, all_gather=lambda data: [data])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="active_ranks has 2 values, not one for each of 1"):
+            group.update([True, True], all_gather=lambda data: [data])
+        assert group.active_ranks == [True]
 
 
 def test_a_callback_that_fails_later_ends_all_set_up_but_not_the_buffers() -> None:
@@ -264,6 +311,11 @@ def join_by_torch(rank: Rank, port: int) -> list[bytes]:
         if rank.rank == 1:
             with ep.Group.from_torch(half) as alone:
                 assert (alone.rank, alone.size) == (0, 1)
+        else:
+            with pytest.raises(ValueError, match=r"process_group .* without this rank"):
+                ep.Group.from_torch(half)
+        with pytest.raises(ValueError, match="process_group 1: "):
+            ep.Group.from_torch(1)
     dist.destroy_process_group()
     return gathered
 

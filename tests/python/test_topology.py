@@ -82,6 +82,10 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         ep.Topology.load("mooncake_ep topology 1\ngpu one\nend\n")
     with pytest.raises(ep.EpError, match="nowhere"):
         ep.Topology.read(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"root .* has a NUL in it"):
+        ep.Topology.read(f"{tmp_path}\0nowhere")
+    with pytest.raises(TypeError, match="root is a int, not a path"):
+        ep.Topology.read(0)  # type: ignore[arg-type]
 
 
 def test_topo_prints_the_matrix(tmp_path: Path) -> None:
