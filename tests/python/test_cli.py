@@ -193,7 +193,7 @@ def test_smoke_names_a_wrong_element(payload: str) -> None:
 
     sizes = Sizes(rank_count=1, tokens=8, hidden=128, experts=4, topk=2, payload=payload, seed=1)
     tokens = random_tokens(sizes, 8, rank=0, round_number=0)
-    checked = smoke_rank._Round(sizes, [tokens], rank=0, number=0)
+    checked = smoke_rank._Round(sizes, [tokens], rank=0, own_outputs=False)
     with Group.single() as group, make_buffer(group, sizes, threads=1) as buffer:
         dispatched, out = checked.run(buffer, Host(), weights="dispatch")
     assert checked.check_dispatched(dispatched) + checked.check_combined(out) == []

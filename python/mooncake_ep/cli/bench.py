@@ -11,10 +11,18 @@ from typing import Any
 
 from . import bench_plot, bench_report, plot
 from .errors import UserError
-from .sizes import add_device_argument, add_size_arguments, count, counts, sizes_from
+from .sizes import (
+    add_api_arguments,
+    add_device_argument,
+    add_size_arguments,
+    control_from,
+    count,
+    counts,
+    sizes_from,
+)
 from .spawn import launch_from, run_ranks
 
-_ROUNDS = {"cpu": 20, "cuda": 200}
+_ROUNDS = {"cpu": 20, "cuda": 200, "maca": 200}
 _EXAMPLES = """\
 examples:
   mooncake-ep bench --world-size 2 --tokens 2048 --hidden 7168 --experts 16 --topk 2
@@ -24,6 +32,7 @@ examples:
   mooncake-ep bench --device cuda --tokens 128 --experts 256 --topk 8 --flush-l2 --sms 32
   mooncake-ep bench --device cuda --tokens 4096 --experts 256 --topk 8 --plot bench.png
   mooncake-ep bench --sweep 64,256,1024
+  mooncake-ep bench --api compat --device cuda --backend nccl --tokens 2048 --topk 2
 
 A time is that of the slowest rank, from a common start until its outputs are complete; each round
 starts with a barrier. bw counts what Mooncake's benchmark counts, for each rank: T*K*(2H+32) bytes
@@ -42,6 +51,9 @@ run, and its percentage that of link_bw. sms is the number of SMs that a launch 
 a round finds in the L2 what the rounds before left there; with --flush-l2 the L2 is overwritten
 before each round, outside of its time, and a graph holds one round.
 
+With --api compat times are of the calls of mooncake_ep.compat.mooncake, which allocate their
+outputs; on a GPU by events between calls that follow each other.
+
 A sweep runs one number of tokens after the other, each with a buffer of that size, and without
 baselines.
 """
@@ -59,11 +71,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_size_arguments(parser, world_size=2, tokens=2048, hidden=7168, experts=16, topk=2)
     add_device_argument(parser)
+    add_api_arguments(parser)
     parser.add_argument(
         "--rounds",
         type=count,
         metavar="N",
-        help="timed rounds (default: {cpu}; with --device cuda: {cuda})".format(**_ROUNDS),
+        help="timed rounds (default: {cpu}; on GPUs: {cuda})".format(**_ROUNDS),
     )
     parser.add_argument(
         "--warmup",
@@ -126,6 +139,7 @@ def _add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the ranks and print the times."""
     launch = launch_from(arguments, label="bench")
+    control = control_from(arguments)
     _check(arguments)
     if arguments.plot is not None and arguments.sweep is None:
         arguments.sweep = _powers_of_two(arguments.tokens)
@@ -143,9 +157,13 @@ def run(arguments: argparse.Namespace) -> int:
         "baselines": not arguments.no_baselines and arguments.sweep is None,
         "flush_l2": arguments.flush_l2,
         "max_sms": arguments.sms or 0,
+        "control": control,
     }
-    module = "bench_rank" if launch.device == "cpu" else "bench_gpu_rank"
-    results = run_ranks(f"mooncake_ep.cli.{module}:run", options, launch)
+    if control is not None:
+        target = "compat_rank:bench"
+    else:
+        target = ("bench_rank" if launch.device == "cpu" else "bench_gpu_rank") + ":run"
+    results = run_ranks(f"mooncake_ep.cli.{target}", options, launch)
     if launch.reports:
         sweep = [replace(sizes, tokens=number) for number in tokens]
         _report(arguments, bench_report.make(arguments, sweep, results))
@@ -154,7 +172,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse, before any work is done, what could not be carried out."""
-    if arguments.device != "cuda":
+    if arguments.api == "compat":
+        for name in ("sweep", "plot", "sms"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} goes only with --api native")
+    if arguments.device == "cpu":
         if arguments.flush_l2:
             raise UserError("--flush-l2 goes only with --device cuda: it is the L2 of a GPU")
         if arguments.sms is not None:

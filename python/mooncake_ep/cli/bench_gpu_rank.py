@@ -50,7 +50,7 @@ def run(context: RankContext) -> dict[str, Any]:
 
 def _run(context: RankContext, sizes: Sizes, gpu: Gpu) -> dict[str, Any]:
     """Time all rounds; returns the seconds of each, and how they were run."""
-    group, clock = context.group, _Clock(context, gpu.torch)
+    group, clock = context.group, Clock(context, gpu.torch)
     choices = [
         random_choices(sizes, sizes.tokens, rank=rank, round_number=0)
         for rank in range(sizes.rank_count)
@@ -134,10 +134,11 @@ class _Ours:
             raise CheckFailedError("combine gave other sums than it has to")
 
 
-class _Clock:
+class Clock:
     """Times operations by events: many in a row, or each alone after the L2 was overwritten."""
 
     def __init__(self, context: RankContext, torch: Any) -> None:
+        """Time as the options of the command say."""
         self._torch = torch
         self._barrier = context.group.barrier
         self._warmup, self._rounds = context.options["warmup"], context.options["rounds"]

@@ -1,4 +1,4 @@
-"""The arrays of a rank on its device: NumPy's on the CPU, torch's on a GPU; bits stay the same."""
+"""The arrays of a rank on its device: NumPy's on the CPU, or torch's; bits stay the same."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ class Host:
         return taken
 
 
-class Gpu:
-    """The GPU of one rank, by torch."""
+class Torch:
+    """The CPU by torch."""
 
-    def __init__(self, device_id: int) -> None:
-        """Make it torch's current device."""
+    def __init__(self) -> None:
+        """Choose the CPU."""
         # torch is optional, so its types are not known everywhere.
         self.torch: Any = importlib.import_module("torch")
-        self.torch.cuda.set_device(device_id)
-        self._device = self.torch.device("cuda", device_id)
+        self._device = self.torch.device("cpu")
 
     def put(self, array: npt.NDArray[Any]) -> Any:
         """Copy to the device."""
@@ -56,6 +55,16 @@ class Gpu:
         integers = array.view(getattr(self.torch, _INTEGERS[name])).cpu().numpy()
         typed: npt.NDArray[Any] = integers.view(getattr(ml_dtypes, name))
         return typed
+
+
+class Gpu(Torch):
+    """The GPU of one rank, by torch."""
+
+    def __init__(self, device_id: int) -> None:
+        """Make it torch's current device."""
+        super().__init__()
+        self.torch.cuda.set_device(device_id)
+        self._device = self.torch.device("cuda", device_id)
 
 
 def device_of(group: Group) -> Host | Gpu:

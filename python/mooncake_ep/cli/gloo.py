@@ -38,6 +38,33 @@ def is_available() -> bool:
     return bool(distributed.is_available() and distributed.is_gloo_available())
 
 
+def connect(group: Group, backend: str) -> None:
+    """Make torch's default process group of the same ranks. Collective."""
+    distributed: Any = importlib.import_module("torch.distributed")
+
+    def store_at(port: int) -> Any:
+        return distributed.TCPStore(
+            "127.0.0.1",
+            port,
+            group.rank_count,
+            is_master=group.rank == 0,
+            timeout=_TIMEOUT,
+            wait_for_workers=False,
+        )
+
+    # All ranks are on this machine, whatever its name resolves to.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Rank 0 lets the system choose a port, so that no other program can be in the way.
+    store = store_at(0) if group.rank == 0 else None
+    port = store.port if store is not None else 0
+    ports = group.all_gather(port.to_bytes(_PORT_BYTES, "little"))
+    if store is None:
+        store = store_at(int.from_bytes(ports[0], "little"))
+    distributed.init_process_group(
+        backend, store=store, rank=group.rank, world_size=group.rank_count, timeout=_TIMEOUT
+    )
+
+
 class Gloo:
     """Both operations of one rank, and the torch process group that they need."""
 
@@ -51,7 +78,7 @@ class Gloo:
         self._torch.set_num_threads(1)
         self._routing = routing
         self._barrier = barrier
-        self._connect(group)
+        connect(group, "gloo")
         self._sent_counts = [len(sent) for sent in routing.sent]
         self._received_counts = routing.received_counts
         self._sent_to = [self._index(sent) for sent in routing.sent]
@@ -99,30 +126,6 @@ class Gloo:
     def close(self) -> None:
         """Leave the torch process group. Collective."""
         self._distributed.destroy_process_group()
-
-    def _connect(self, group: Group) -> None:
-        # All ranks are on this machine, whatever its name resolves to.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        # Rank 0 lets the system choose a port, so that no other program can be in the way.
-        first = group.rank == 0
-        store = self._store(group, 0) if first else None
-        port = store.port if store is not None else 0
-        ports = group.all_gather(port.to_bytes(_PORT_BYTES, "little"))
-        if store is None:
-            store = self._store(group, int.from_bytes(ports[0], "little"))
-        self._distributed.init_process_group(
-            "gloo", store=store, rank=group.rank, world_size=group.rank_count, timeout=_TIMEOUT
-        )
-
-    def _store(self, group: Group, port: int) -> Any:
-        return self._distributed.TCPStore(
-            "127.0.0.1",
-            port,
-            group.rank_count,
-            is_master=group.rank == 0,
-            timeout=_TIMEOUT,
-            wait_for_workers=False,
-        )
 
     def _index(self, index: npt.NDArray[np.intp]) -> Any:
         return self._torch.from_numpy(index.astype(np.int64))

@@ -131,18 +131,54 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
     parser.add_argument(
         "--device",
-        choices=("cpu", "cuda"),
+        choices=("cpu", "cuda", "maca"),
         default="cpu",
-        help="where the ranks compute; cuda needs torch, and gives the GPUs to the ranks in turn "
+        help="where the ranks compute; GPUs need torch, and go to the ranks in turn "
         "(default: %(default)s)",
     )
+
+
+def add_api_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --api and --backend."""
+    parser.add_argument(
+        "--api",
+        choices=("native", "compat"),
+        default="native",
+        help="what is called: this library's own Buffer, or that of mooncake_ep.compat.mooncake "
+        "with torch tensors (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("gloo", "nccl", "mccl"),
+        help="torch's process group over which --api compat meets (default: gloo on the CPU, nccl "
+        "with --device cuda, mccl with --device maca)",
+    )
+
+
+def control_from(arguments: argparse.Namespace) -> str | None:
+    """Return the backend of torch's process group, None for the native API; refuse a mixture."""
+    if arguments.api == "native":
+        if arguments.backend is not None:
+            raise UserError(f"--backend {arguments.backend} goes only with --api compat")
+        return None
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("--api compat needs torch: pip install torch")
+    if arguments.payload not in ("bf16", "fp8"):
+        raise UserError(f"--payload {arguments.payload} is none of --api compat: bf16, fp8")
+    control: str = arguments.backend or {"cuda": "nccl", "maca": "mccl"}.get(
+        arguments.device, "gloo"
+    )
+    if control != "gloo" and arguments.device == "cpu":
+        raise UserError(f"--backend {control} needs GPUs: --device cuda or maca")
+    return control
 
 
 def sizes_from(arguments: argparse.Namespace, *, rank_count: int) -> Sizes:
     """Collect the sizes, and refuse those that the library would refuse on every rank."""
     require_numpy()
-    if getattr(arguments, "device", "cpu") == "cuda" and importlib.util.find_spec("torch") is None:
-        raise UserError("--device cuda needs torch: pip install torch")
+    device = getattr(arguments, "device", "cpu")
+    if device != "cpu" and importlib.util.find_spec("torch") is None:
+        raise UserError(f"--device {device} needs torch: pip install torch")
     sizes = Sizes(
         rank_count=rank_count,
         tokens=arguments.tokens,

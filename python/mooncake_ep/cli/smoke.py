@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import sizes as sizes_module
-from .errors import CheckFailedError
+from .errors import CheckFailedError, UserError
 from .spawn import launch_from, run_ranks
 
 _FAILURES_SHOWN = 10
@@ -15,6 +15,7 @@ examples:
   mooncake-ep smoke --world-size 8 --payload fp8 --weights combine
   mooncake-ep smoke --hash > first; mooncake-ep smoke --hash > second; cmp first second
   mooncake-ep smoke --device cuda --world-size 2
+  mooncake-ep smoke --api compat --backend gloo
 """
 
 
@@ -32,11 +33,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser, world_size=4, tokens=64, hidden=2048, experts=16, topk=2
     )
     sizes_module.add_device_argument(parser)
+    sizes_module.add_api_arguments(parser)
     parser.add_argument(
         "--weights",
         choices=("dispatch", "combine"),
-        default="dispatch",
-        help="the call that is given the top-k weights (default: %(default)s)",
+        help="the call that is given the top-k weights (default: dispatch; with --api compat it "
+        "is combine)",
     )
     parser.add_argument(
         "--hash",
@@ -51,8 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the ranks and report what they found."""
     launch = launch_from(arguments, label="smoke")
     sizes = sizes_module.sizes_from(arguments, rank_count=launch.rank_count)
-    options = {"sizes": sizes.as_options(), "weights": arguments.weights}
-    results = run_ranks("mooncake_ep.cli.smoke_rank:run", options, launch)
+    control = sizes_module.control_from(arguments)
+    if control is not None and arguments.weights == "dispatch":
+        raise UserError("--weights dispatch is none of --api compat, which has them in combine")
+    weights = arguments.weights or ("dispatch" if control is None else "combine")
+    options = {"sizes": sizes.as_options(), "weights": weights, "control": control}
+    target = "smoke_rank:run" if control is None else "compat_rank:smoke"
+    results = run_ranks(f"mooncake_ep.cli.{target}", options, launch)
     if not launch.reports:
         return 0
     failures = [
@@ -64,9 +71,10 @@ def run(arguments: argparse.Namespace) -> int:
         for rank, result in enumerate(results):
             print(f"hash rank={rank} sha256={result['sha256']}")
     on_device = "" if launch.device == "cpu" else f" device={launch.device}"
+    by_api = "" if control is None else f" api=compat backend={control}"
     print(
         f"smoke ok ranks={sizes.rank_count} tokens={sizes.tokens} hidden={sizes.hidden} "
-        f"experts={sizes.experts} topk={sizes.topk}" + on_device
+        f"experts={sizes.experts} topk={sizes.topk}" + on_device + by_api
     )
     return 0
 
