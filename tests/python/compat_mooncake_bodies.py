@@ -41,10 +41,10 @@ class Zeros:
 
 def dispatch(place: Place, buffer: Any, case: Case, /, **changes: Any) -> Any:
     """Dispatch without FP8, with all ranks, and no deadline, but for ``changes``."""
-    x, topk_idx, _ = on_device(place, case)
+    if not {"x", "topk_idx"} <= changes.keys():  # in a graph nothing can come from the CPU
+        x, topk_idx, _ = on_device(place, case)
+        changes = {"x": x, "topk_idx": topk_idx} | changes
     arguments = {
-        "x": x,
-        "topk_idx": topk_idx,
         "active_ranks": None,
         "num_max_dispatch_tokens_per_rank": case.max_tokens,
         "num_experts": case.experts,
@@ -56,11 +56,11 @@ def dispatch(place: Place, buffer: Any, case: Case, /, **changes: Any) -> Any:
 
 def combine(place: Place, buffer: Any, case: Case, y: Any, handle: Any, /, **changes: Any) -> Any:
     """Combine with all ranks and no deadline, but for ``changes``."""
-    _, topk_idx, weights = on_device(place, case)
+    if not {"topk_idx", "topk_weights"} <= changes.keys():
+        _, topk_idx, weights = on_device(place, case)
+        changes = {"topk_idx": topk_idx, "topk_weights": weights} | changes
     arguments = {
         "x": y,
-        "topk_idx": topk_idx,
-        "topk_weights": weights,
         "active_ranks": None,
         "timeout_us": NEVER,
         "handle": handle,

@@ -239,11 +239,21 @@ class Case:
             if expert in chosen
         ]
 
-    def sums(self, rank: int, alive: Callable[[int], bool] = lambda _: True) -> torch.Tensor:
-        """Return what combine gives if an expert e multiplies by factor(e)."""
+    def sums(
+        self, rank: int, alive: Callable[[int], bool] = lambda _: True, size: int = 1
+    ) -> torch.Tensor:
+        """Return what combine gives if an expert e multiplies by factor(e).
+
+        Each of ``size`` ranks rounds what its experts add up to, as it travels in bfloat16.
+        """
         x, topk_idx, weights = self.inputs(rank)
         factors = torch.tensor([factor(e) * alive(e) for e in range(self.experts)] + [0.0])
-        return (x.float() * (factors[topk_idx] * weights).sum(1, keepdim=True)).bfloat16()
+        shares = factors[topk_idx] * weights
+        total = torch.zeros(x.shape)
+        for owner in range(size):
+            mine = topk_idx.div(self.experts // size, rounding_mode="floor") == owner
+            total += (x.float() * (shares * mine).sum(1, keepdim=True)).bfloat16().float()
+        return total.bfloat16()
 
 
 def factor(expert: int) -> float:
@@ -333,7 +343,7 @@ def round_trip(
     out, event, hook = buffer.combine(y, topk_idx, weights, active, NEVER, handle, **options(mode))
     wait(event, hook, mode)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out.cpu(), case.sums(place.rank))
+    assert torch.equal(out.cpu(), case.sums(place.rank, size=place.size))
     assert active.tolist() == [1] * place.size
 
 
