@@ -171,24 +171,22 @@ run_stage() {
     printf '%-8s %4d s  %s\n' "$name" $((SECONDS - start)) "$result" >"$LOGS/$name.row"
 }
 
-is_stage() { [[ " $STAGES " == *" $1 "* ]]; }
-
 # Python's tests wait more than they compute: kernels compile beside them.
 run_stages() {
-    local stage
+    local stage beside=""
+    if [[ " $STAGES " == *" python "* ]]; then
+        for stage in $STAGES; do
+            [[ $stage != cuda && $stage != maca ]] || beside+=" $stage"
+        done
+    fi
     for stage in $STAGES; do
-        case $stage in
-            cuda) is_stage python || run_stage cuda ;;
-            python)
-                if is_stage cuda; then
-                    (renice -n 19 $BASHPID >/dev/null; run_stage cuda) &
-                fi
-                run_stage python
-                wait
-                ;;
-            *) run_stage "$stage" ;;
-        esac
+        [[ " $beside " != *" $stage "* ]] || continue
+        if [ "$stage" = python ]; then
+            (renice -n 19 $BASHPID >/dev/null; for stage in $beside; do run_stage "$stage"; done) &
+        fi
+        run_stage "$stage"
     done
+    wait
 }
 
 # Prints "N passed, N failed[, N skipped]" over the JUnit files of all test runs.
