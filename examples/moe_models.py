@@ -401,8 +401,8 @@ def _run(rank: int, rank_count: int, meeting: str, arguments: argparse.Namespace
 def _leave(status: int) -> None:
     """End this process without the interpreter's own end.
 
-    Threads of torch's gloo may still be letting go of tensors after the group is destroyed; one that
-    does so while the interpreter ends aborts the process (seen with torch 2.13, rarely).
+    Threads of torch's gloo may still be letting go of tensors after the group is destroyed; one
+    that does so while the interpreter ends aborts the process (seen with torch 2.13, rarely).
     """
     sys.stdout.flush()
     sys.stderr.flush()
