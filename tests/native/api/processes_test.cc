@@ -6,7 +6,10 @@
 #include "support/tidy.h"
 
 #include <atomic>
+#include <cerrno>
 #include <csignal>
+#include <sched.h>
+#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -99,6 +102,33 @@ TEST_F(Processes, CarryTokensThereAndBack) {
                 for (uint64_t seed = 1; seed <= 30; ++seed)
                     expect_round(buffer, Plan::of(config, rank_count, seed), rank);
             });
+}
+
+// A machine of its own, whose /dev/shm is small.
+TEST_F(Processes, AFullSharedMemoryFailsAllAndLeavesTheRestAsItWas) {
+    if (reaches_nobody()) GTEST_SKIP() << kWhyReachesNobody;
+    run_forked(1, kAlarmSeconds, [this](int) {
+        if (unshare(CLONE_NEWNS) != 0 ||
+            mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
+            mount("tmpfs", "/dev/shm", "tmpfs", 0, "size=1m") != 0)
+            skip_rank(std::string("no /dev/shm of its own: ") + std::strerror(errno));
+        run(2, [](int rank, const Group &group) {
+            const mep_buffer_config_t small = buffer_config(2);
+            const Buffer first = make_buffer(group, small);
+            expect_round(first, Plan::of(small, 2, 1), rank);
+            mep_buffer_config_t large = small;
+            large.token_count_max = 4000;
+            for (int i = 0; i < 3; ++i) {  // nothing of it stays behind and takes its room
+                mep_buffer_t *none = nullptr;
+                EXPECT_EQ(mep_buffer_create(group.get(), &large, &none), MEP_OUT_OF_MEMORY);
+                EXPECT_NE(std::string(mep_last_error()).find("in /dev/shm"), std::string::npos)
+                    << mep_last_error();
+            }
+            const Buffer second = make_buffer(group, small);
+            for (const Buffer *buffer : {&first, &second})
+                expect_round(*buffer, Plan::of(small, 2, 2), rank);
+        });
+    });
 }
 
 TEST_F(Processes, ReachEachOtherThroughSharedMemory) {
