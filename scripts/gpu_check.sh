@@ -2,8 +2,8 @@
 # One command for a machine with NVIDIA GPUs, nvcc, CMake and Ninja: builds, tests, looks for bad accesses and races,
 # and measures. Logs go to build/gpu-check. A short table comes last; it exits with 1 if anything failed.
 #
-#   --ranks N              measure so many ranks, with a GPU each, and use only these GPUs; default: 2. The tests have 1 to 8
-#                          ranks in any case, which share GPUs where there are fewer
+#   --ranks N              measure so many ranks, with a GPU each, and use only these GPUs; default: 2 ranks, and all GPUs
+#                          that there are. The tests have 1 to 8 ranks in any case, which share GPUs where there are fewer
 #
 #   MEP_GTEST_SOURCE_DIR   GoogleTest's sources, where it is not installed
 #   MEP_CUDA_ARCHITECTURES default: native
@@ -177,9 +177,10 @@ soak() {
 }
 
 nvidia-smi -L || { echo "no NVIDIA GPU here"; exit 1; }
-[ "$(nvidia-smi -L | grep -c ^GPU)" -ge "$RANKS" ] || { echo "$RANKS ranks were asked for, with a GPU each"; exit 1; }
-: "${CUDA_VISIBLE_DEVICES:=$(seq -s , 0 $((RANKS - 1)))}"
-export CUDA_VISIBLE_DEVICES
+if [ $# -ne 0 ]; then
+    [ "$(nvidia-smi -L | grep -c ^GPU)" -ge "$RANKS" ] || { echo "$RANKS ranks were asked for, with a GPU each"; exit 1; }
+    export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $((RANKS - 1)))}"
+fi
 step build 600 build
 for name in ${MEP_GPU_CHECK_STEPS-native gpu python api faults far memcheck racecheck bench link peers far_peers}; do
     case $name in
