@@ -713,7 +713,7 @@ typedef struct mep_dispatch_args {
     /**
      * [L, R*M, H] row-major; type of x, or e4m3fn with quant. Expert e holds out_count[e] rows:
      * sources in rank order, each one's tokens in their order. The rows after them are left as they
-     * were.
+     * were, unless the rows of a rank were lost.
      */
     const mep_tensor_t *out_x;
     /** fp32 [L, R*M, H/128], any positive strides; only and always if out_x is e4m3fn */
@@ -752,9 +752,11 @@ typedef struct mep_dispatch_args {
  * MEP_DEVICE_ERROR; where rows do not go through memory also MEP_UNSUPPORTED (a graph that cannot
  * capture that) and MEP_SYSTEM_ERROR or MEP_MISMATCH (what carries them has failed). On the CPU and
  * with active_ranks NULL also MEP_PEER_FAILED: ranks missed the deadline or broke a limit, the
- * outputs hold what the others sent, and those ranks are masked from now on. (Of a rank that is
- * lost between its counts and its rows, out_count still has the rows.) On GPUs that too, once, if
- * rows that do not go through memory have lost a rank, in this call or one before.
+ * outputs hold what the others sent, and those ranks are masked from now on. On GPUs that too,
+ * once, if rows that do not go through memory have lost a rank, in this call or one before.
+ *
+ * Of a rank that is lost before the last of its rows has come, none is counted, nor kept: the
+ * outputs are as if it had been masked before.
  */
 MEP_API mep_status_t mep_dispatch(mep_buffer_t *buffer, mep_handle_t *handle,
                                   const mep_dispatch_args_t *args);

@@ -307,7 +307,8 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
                      signals(at.begins),
                      ints(at.row_counts),
                      ints(at.rows),
-                     reinterpret_cast<float *>(memory + at.weights)};
+                     reinterpret_cast<float *>(memory + at.weights),
+                     signals(at.lost)};
     round.members = static_cast<const int32_t *>(members_.get());
     round.active = active == nullptr ? own_active() : active;
     round.peer_counts = peer_counts();

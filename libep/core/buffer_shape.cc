@@ -88,6 +88,7 @@ HandleLayout HandleLayout::of(const Shape &s) {
     l.row_counts = carve(slots, sizeof(int32_t));
     l.rows = carve(slots * s.topk_max, sizeof(int32_t));
     l.weights = carve(slots * s.topk_max, sizeof(float));
+    l.lost = carve(ranks, sizeof(uint64_t));
     return l;
 }
 

@@ -25,7 +25,7 @@ struct BufferShape {
 
 // Places of a handle's arrays in its memory, in the order of Routing.
 struct HandleLayout {
-    size_t state, choices, positions, token_counts, begins, row_counts, rows, weights, bytes;
+    size_t state, choices, positions, token_counts, begins, row_counts, rows, weights, lost, bytes;
 
     static HandleLayout of(const Shape &shape);
 };

@@ -90,6 +90,10 @@ int grid_count() {
 
 #include "device/host_atomics.h"
 
+// Blocks of different roles do not run beside each other here.
+void publish_add(uint64_t *word, uint64_t value);
+bool block_any(bool value);
+
 // Lines take 8 lanes; kernels that move them are not made for this device, only compiled.
 void push(char *at, bool here, bool signal, Vector piece);
 template <int kCount>

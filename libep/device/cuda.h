@@ -127,6 +127,12 @@ EP_DEVICE uint64_t look(const uint64_t *word) {
 EP_DEVICE void publish(uint64_t *word, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
+EP_DEVICE void publish_add(uint64_t *word, uint64_t value) {
+    asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+EP_DEVICE bool block_any(bool value) {
+    return __syncthreads_or(value) != 0;
+}
 template <class Group>
 EP_DEVICE void before_publish() {
     Group::sync();  // a release covers what it follows, other lanes' stores too

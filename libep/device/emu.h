@@ -173,6 +173,15 @@ struct Block {
     static void sync() { place.whole->barrier.arrive_and_wait(); }
     static int index_in_block() { return 0; }
     static int count_in_block() { return 1; }
+    static bool any(bool value) {
+        place.whole->cells[place.thread] = value;
+        sync();
+        bool found = false;
+        for (const uint64_t cell : place.whole->cells)
+            found = found || cell != 0;
+        sync();
+        return found;
+    }
 };
 
 template <class Group>
@@ -185,6 +194,13 @@ int grid_count() {
 }
 
 #include "device/host_atomics.h"
+
+inline void publish_add(uint64_t *word, uint64_t value) {
+    __atomic_fetch_add(word, value, __ATOMIC_RELEASE);
+}
+inline bool block_any(bool value) {
+    return Block::any(value);
+}
 
 // Of rows that this device does not use itself.
 inline Vector pass_load(const Vector *from) {

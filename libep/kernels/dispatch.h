@@ -17,6 +17,7 @@
 #include "kernels/count.h"
 #include "kernels/dispatch_lines.h"
 #include "kernels/kernels.h"
+#include "kernels/leave_out.h"
 #include "kernels/phases.h"
 #include "kernels/place.h"
 #include "kernels/routing.h"
@@ -42,16 +43,6 @@ struct Mover {
 };
 
 // ---- Rows ---------------------------------------------------------------------------------------
-
-// Copies the scales of a row to its targets.
-EP_DEVICE void put_scales(const float *scales, int64_t stride, int group_count, int count,
-                          const Target *to) {
-    for (int g = Warp::rank(); g < group_count; g += Warp::size()) {
-        const float scale = scales[g * stride];
-        for (int i = 0; i < count; ++i)
-            if (to[i].row != nullptr) to[i].scales[g * to[i].scale_stride] = scale;
-    }
-}
 
 // Copies or casts a token's row to its targets.
 template <bool kCast, Element kType, class Rows>
@@ -154,10 +145,10 @@ EP_DEVICE void unpack_row(const DispatchArgs &a, Rows *rows, const char *payload
                    a.round.hidden / kScaleGroup, count, to);
 }
 
-// Waits for a message by flag, and places its row; nothing of it if its source has failed. One
-// warp.
+// Waits for a message by flag, and places its row. False if its source has failed before it came.
+// One warp.
 template <Element kOut, class Rows>
-EP_DEVICE void receive_message(const DispatchArgs &a, Rows *rows, const Wait &wait,
+EP_DEVICE bool receive_message(const DispatchArgs &a, Rows *rows, const Wait &wait,
                                const Incoming &in) {
     const Round &r = a.round;
     char *message = slots_from(r, Cargo::kMessages, in.epoch, in.source).of(in.token);
@@ -170,9 +161,11 @@ EP_DEVICE void receive_message(const DispatchArgs &a, Rows *rows, const Wait &wa
     for (int i = Warp::rank(); i < count; i += Warp::size())
         take_entry(a, in, i, Layout::entries(message)[i]);
     keep_row_count(a, in, count);
+    if (!came && Warp::rank() == 0) note_lost(r, in.epoch, in.source);
     Warp::sync();
     unpack_row<kOut>(a, rows, r.layout.payload(message), count, in.to);
     Warp::sync();  // before the next token's targets take the place of this one's
+    return came;
 }
 
 // ---- Sending by flag ----------------------------------------------------------------------------
@@ -232,37 +225,42 @@ EP_DEVICE void send_tokens(const DispatchArgs &a, Mover<Rows> *mover, uint64_t e
     }
 }
 
+// False if one did not come.
 template <Element kOut, class Rows>
-EP_DEVICE void receive_messages(const DispatchArgs &a, Mover<Rows> *mover, uint64_t epoch,
+EP_DEVICE bool receive_messages(const DispatchArgs &a, Mover<Rows> *mover, uint64_t epoch,
                                 const Role &role) {
     const Round &r = a.round;
     const int ranks = r.layout.shape.rank_count, warps = Warp::count_in_block();
-    if (ranks == 1) return;
+    if (ranks == 1) return true;
     // From when it is decided whose tokens count: a source sends only when its own counter has
     // decided, which may have taken as long as this one's, if both waited for a third that is lost.
     decided(&r.routing.token_counts[(r.rank + 1) % ranks], epoch);
     const Wait wait(r);
+    bool all_came = true;
     for (int step = 1; step < ranks; ++step) {
         const int source = (r.rank + step) % ranks;
         const SendOrder order(decided(&r.routing.token_counts[source], epoch), r.chunk_count_max);
         for (int place = role.receiver * warps + Warp::index_in_block(); place < order.size();
              place += role.receiver_count * warps)
             if (const int token = order.token(place); token >= 0)
-                receive_message<kOut>(a, &mover->rows, wait,
-                                      {epoch, source, token, mover->targets->to});
+                all_came &= receive_message<kOut>(a, &mover->rows, wait,
+                                                  {epoch, source, token, mover->targets->to});
     }
+    return all_came;
 }
 
-// What a block does that moves rows.
+// What a block does that moves rows. False if one did not come.
 template <bool kCast, Element kType, class Rows>
-EP_DEVICE void move_rows(const DispatchArgs &a, uint64_t epoch, const Role &role,
+EP_DEVICE bool move_rows(const DispatchArgs &a, uint64_t epoch, const Role &role,
                          DispatchShared<Rows> *shared) {
     const int warp = Warp::index_in_block();
     Mover<Rows> mover{Rows(&shared->rows[warp]), &shared->targets[warp]};
     if (role.sender >= 0) send_tokens<kCast, kType>(a, &mover, epoch, role);
+    bool all_came = true;
     if (role.receiver >= 0 && a.round.receives())
-        receive_messages<kCast ? Element::kFp8 : kType>(a, &mover, epoch, role);
-    mover.rows.finish();
+        all_came = receive_messages<kCast ? Element::kFp8 : kType>(a, &mover, epoch, role);
+    mover.rows.finish(a.round.receives());
+    return all_came;
 }
 
 // What the block does that counts for all others.
@@ -286,7 +284,13 @@ EP_KERNEL dispatch_kernel(const DispatchArgs a) {
     if (role.counts) count_for_all(a, epoch, &shared.count);
     if (role.sender >= 0 && r.sends())
         number_chunk(a, role.sender, sums_of(a, role.sender, shared.count.sums), &shared.count);
-    if (role.sender >= 0 || role.receiver >= 0) move_rows<kCast, kType>(a, epoch, role, &shared);
+    const bool all_came =
+        (role.sender < 0 && role.receiver < 0) || move_rows<kCast, kType>(a, epoch, role, &shared);
+    if constexpr (kRolesApart)
+        if (r.receives()) {
+            end_receiving(a, epoch, !all_came, DecidedBegins{r});
+            return;
+        }
     if (r.sends()) hand_in(&r.state->dispatch_tickets);
 }
 
@@ -319,6 +323,9 @@ int launch_dispatch(DispatchArgs args, Phases phases, const Queue &queue) {
             launch_rows<kCast, kType, BulkRows>(args, phases, queue);
     if (queue.load_only || !moves_in_bulk(queue))
         launch_rows<kCast, kType, LaneRows>(args, phases, queue);
+    if constexpr (!kRolesApart)
+        if (has_phase(phases, Phases::kReceive))
+            launch(leave_out_kernel<DispatchArgs>, args, queue, 1);
     return launch_error();
 }
 

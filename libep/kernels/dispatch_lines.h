@@ -15,6 +15,7 @@
 #include "device/device.h"
 #include "kernels/count.h"
 #include "kernels/kernels.h"
+#include "kernels/leave_out.h"
 #include "kernels/lines.h"
 #include "kernels/place.h"
 #include "kernels/routing.h"
@@ -392,6 +393,7 @@ struct LaneEntry {
 // A token of some rank, and how many entries it has here.
 struct Arrived {
     int source, token, count;
+    bool lost;  // its rank has failed before it came
 };
 
 // The row of an entry; -1 if the entry breaks a limit, which only a faulty peer's can.
@@ -484,12 +486,14 @@ EP_DEVICE LaneEntry await_entry(const Wait &wait, uint64_t epoch, Arrived *arriv
         }
         if (!Warp::broadcast(int{is_active(r, arrived->source)})) {
             said = 0;
+            arrived->lost = true;
             break;
         }
         wait.lapse<Warp>(epoch, arrived->source, Awaited::kRows, attempt);
     }
     if (said < 0 && part.index == 0 && Warp::rank() == 0)
         fetch_add(&r.state->invalid_messages, uint64_t{1});
+    if (arrived->lost && Warp::rank() == 0) note_lost(r, epoch, arrived->source);
     arrived->count = said < 0 ? 0 : said;
     const int index = LineLane::line() * Layout::kPiecesOfLine + LineLane::piece();
     const auto entry = bit_cast<Entry>(head[0]);
@@ -526,9 +530,9 @@ EP_DEVICE void begin_block(const DispatchArgs &a, uint64_t epoch, const LineBloc
 }
 
 // A warp's items are parts of rows: a sender's, those of all tokens; a receiver's, those of its
-// chunk and of messages.
+// chunk and of messages. False if one did not come.
 template <bool kCast, Element kType>
-EP_DEVICE void move_parts(const DispatchArgs &a, uint64_t epoch, const LineBlock &block,
+EP_DEVICE bool move_parts(const DispatchArgs &a, uint64_t epoch, const LineBlock &block,
                           LineDispatchShared *shared) {
     const Round &r = a.round;
     constexpr Element kOut = kCast ? Element::kFp8 : kType;
@@ -545,13 +549,14 @@ EP_DEVICE void move_parts(const DispatchArgs &a, uint64_t epoch, const LineBlock
     int message = (Warp::count_in_block() - 1 - Warp::index_in_block()) * block.count + block.index;
     const Wait wait(r);
     RowPart<kCast, kType> row{};
+    bool all_came = true;
     EP_ROLLED
     for (bool first = true; first || item < own || message < messages; first = false) {
         const bool is_own = item < own;
         const int index = r.parts.quotient(is_own ? item : message);
         const Part part((is_own ? item : message) - index * parts, row_bytes);
         const int token = chunk.tokens.begin + index;
-        Arrived arrived{r.rank, token, 0};
+        Arrived arrived{r.rank, token, 0, false};
         int64_t expert = Routing::kNoChoice;
         float weight = 1;
         if (is_own) row.read(a, token, part);
@@ -573,9 +578,11 @@ EP_DEVICE void move_parts(const DispatchArgs &a, uint64_t epoch, const LineBlock
             message += message_step;
             if (number >= messages || !find_message(r, number, *shared, &arrived)) continue;
             entry = await_entry(wait, epoch, &arrived, part, &row.pieces);
+            all_came &= !arrived.lost;
         }
         place_entries<kOut>(a, arrived, entry, part, row.pieces, shared);
     }
+    return all_came;
 }
 
 template <bool kCast, Element kType>
@@ -586,8 +593,15 @@ dispatch_by_line(const DispatchArgs a) {
     const Round &r = a.round;
     const LineBlock block = LineBlock::of(r);
     const uint64_t epoch = dispatch_epoch_of(r);
-    if (block.has_work(r)) move_parts<kCast, kType>(a, epoch, block, &shared);
-    if (r.sends()) hand_in(&r.state->dispatch_tickets);
+    const bool all_came = !block.has_work(r) || move_parts<kCast, kType>(a, epoch, block, &shared);
+    // What a sender has stored nobody here asks for.
+    if (!r.receives() || block.role == LineRole::kSender) {
+        hand_in(r.sends() ? &r.state->dispatch_tickets : &r.state->receive_tickets);
+        return;
+    }
+    end_receiving(a, epoch, !all_came, [&](int expert, int source) {
+        return shared.begins[source * r.layout.local_expert_count + expert];
+    });
 }
 
 // ---- Launching ----------------------------------------------------------------------------------

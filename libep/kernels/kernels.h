@@ -36,6 +36,11 @@ struct BufferState {
     uint64_t invalid_expert_ids, invalid_messages;
     uint64_t timeout_ns;  // of rounds that bring none; the host may change it at any time
 
+    uint64_t receive_tickets;  // the same of launches that only receive a dispatch
+    int32_t repairs;           // 1: a block of the launch has taken on to leave out what was lost
+    int32_t reserved;
+    uint64_t begun;  // Signal: of the last combine received, all peers have begun it, or are masked
+
     static constexpr int kIncidentsKept = 64;
     uint64_t incident_count;
     Incident incidents[kIncidentsKept];  // the newest: number n at (n - 1) % kIncidentsKept
@@ -70,6 +75,7 @@ struct Routing {
     int32_t *row_counts;  // [slot]  distinct local experts of a token
     int32_t *rows;   // [slot][topk_max]  their rows, counted over all experts' regions; -1: none
     float *weights;  // [slot][topk_max]  their weights
+    uint64_t *lost;  // [source]  the last round of which a message did not come
 };
 
 // Which half of an operation a launch does.

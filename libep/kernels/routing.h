@@ -108,13 +108,16 @@ EP_DEVICE uint64_t epoch_of(const Round &round, const uint64_t &tickets, const u
     return round.sends() ? load(&tickets) / BufferState::kTicketsOfRound + 1 : sent;
 }
 
+// What a block of a launch hands in.
+EP_DEVICE uint64_t tickets_of_block() {
+    const uint64_t others = grid_count<Block>() - 1;
+    return grid_index<Block>() == 0 ? BufferState::kTicketsOfRound - others : uint64_t{1};
+}
+
 // Ends a block of a launch that sends.
 EP_DEVICE void hand_in(uint64_t *tickets) {
     Block::sync();
-    if (Block::rank() != 0) return;
-    const uint64_t others = grid_count<Block>() - 1;
-    const bool first = grid_index<Block>() == 0;
-    fetch_add(tickets, first ? BufferState::kTicketsOfRound - others : uint64_t{1});
+    if (Block::rank() == 0) fetch_add(tickets, tickets_of_block());
 }
 
 // A word that the counter of this launch, or of the one before it, posts when it has decided. It
@@ -166,12 +169,17 @@ EP_DEVICE uint64_t timeout_of(const Round &r) {
     return r.timeout_ns == Round::kOfBuffer ? look(&r.state->timeout_ns) : r.timeout_ns;
 }
 
-// Waits of one block; their deadline counts from its start.
+// Waits of one block; their deadline counts from its start. Or from when a word, `ready`, is of the
+// round, if what is waited for may itself have waited until then for a rank that is lost; but not
+// from later than a whole timeout after the start.
 struct Wait {
     const Round &round;
     uint64_t began_ns;
+    const uint64_t *ready;
+    mutable uint64_t held_ns = 0;  // how long the word has kept the deadline from counting
 
-    EP_DEVICE explicit Wait(const Round &r) : round(r), began_ns(now_ns()) {}
+    EP_DEVICE explicit Wait(const Round &r, const uint64_t *ready_word = nullptr)
+        : round(r), began_ns(now_ns()), ready(ready_word) {}
 
     // Until `source` has published a word of this epoch. False if it is masked, or misses the
     // deadline, which masks it. The whole group gets the same answer.
@@ -210,8 +218,10 @@ struct Wait {
     EP_DEVICE bool lapse(uint64_t epoch, int source, Awaited awaited, uint32_t attempt) const {
         bool is_late = false;
         if (clock_is_due(attempt) && Group::rank() == 0) {
-            const uint64_t waited_ns = now_ns() - began_ns;
-            is_late = waited_ns > timeout_of(round);
+            const uint64_t waited_ns = now_ns() - began_ns, timeout_ns = timeout_of(round);
+            if (ready != nullptr && !Signal::is_of(look(ready), epoch))
+                held_ns = waited_ns < timeout_ns ? waited_ns : timeout_ns;
+            is_late = waited_ns - held_ns > timeout_ns;
             if (is_late && source != round.rank)
                 mask(round, {0, epoch, waited_ns, source, awaited, 0, 0});
         }

@@ -47,6 +47,7 @@ struct Schedule {
     Step step;
     bool stops;  // and wakes later; or is killed
     int delay_us;
+    bool weights_at_combine;
 
     static Schedule of(uint64_t seed) {
         std::mt19937_64 random(seed);
@@ -58,6 +59,7 @@ struct Schedule {
         s.step = static_cast<Step>(random() % static_cast<int>(Step::kCount));
         s.stops = random() % 2 == 0;
         s.delay_us = static_cast<int>(random() % 3000);
+        s.weights_at_combine = random() % 2 == 0;
         return s;
     }
     bool in_set_up() const { return step <= Step::kBeforeBuffer; }
@@ -70,7 +72,8 @@ struct Schedule {
 std::ostream &operator<<(std::ostream &stream, const Schedule &s) {
     return stream << "MEP_FAULTS_SEED=" << s.seed << ": of " << s.ranks << " ranks, rank "
                   << s.victim << (s.stops ? " is stopped " : " is killed ")
-                  << kStepNames[static_cast<int>(s.step)] << ", round " << s.round;
+                  << kStepNames[static_cast<int>(s.step)] << ", round " << s.round
+                  << (s.weights_at_combine ? ", weights at combine" : "");
 }
 
 enum Mark { kJoining, kRunning, kUpdating, kSurvived };
@@ -215,13 +218,14 @@ class Player {
     void round(int number) {
         const Plan plan = Plan::of(shape_, schedule_.ranks, schedule_.seed * 100 + number);
         Share share(plan, rank_);
+        share.weights_at_combine = schedule_.weights_at_combine;
         const Handle handle = make_handle(buffer_);
         const bool missed_before = mask() != all();
         strike(Step::kBeforeDispatch, number);
         call("dispatch, send", [&] { return share.dispatch(buffer_, handle, MEP_PHASE_SEND); });
         strike(Step::kBetweenDispatchHalves, number);
         call("dispatch", [&] { return share.dispatch(buffer_, handle, MEP_PHASE_RECEIVE); });
-        if (!is_victim()) expect_rows_of_the_living(share);
+        if (!is_victim()) expect_rows(share);
         strike(Step::kAfterDispatch, number);
         call("combine, send", [&] { return share.combine(buffer_, handle, MEP_PHASE_SEND); });
         strike(Step::kBetweenCombineHalves, number);
@@ -235,28 +239,40 @@ class Player {
         EXPECT_TRUE(status == MEP_OK || status == MEP_PEER_FAILED) << mep_last_error();
     }
 
-    // What layout_range says came from the others that live is all that they sent, in its order.
-    void expect_rows_of_the_living(Share &share) const {
+    // What counts and layout_range say came is all that each rank sent, in its order; of the victim
+    // all or nothing.
+    void expect_rows(Share &share) const {
         const Plan &plan = share.plan;
-        const int hidden = shape_.hidden;
-        for (int e = 0; e < plan.local_experts(); ++e)
+        for (int e = 0; e < plan.local_experts(); ++e) {
+            int64_t end = 0;
             for (int source = 0; source < schedule_.ranks; ++source) {
-                if (source == schedule_.victim) continue;
                 std::vector<int> tokens;
                 for (const Packed &one : plan.rows[rank_ * plan.local_experts() + e])
                     if (one.source == source) tokens.push_back(one.token);
                 const int64_t range =
                     share.out_layout_range.data<int64_t>()[e * schedule_.ranks + source];
-                ASSERT_EQ(range & 0xffffffff, int64_t(tokens.size())) << "of rank " << source;
-                for (size_t i = 0; i < tokens.size(); ++i) {
-                    const size_t at = e * plan.region() + (range >> 32) + i;
-                    for (int h = 0; h < hidden; ++h)
-                        ASSERT_EQ(
-                            read_element(Element::kBf16, share.out_x.data() + at * hidden * 2, h),
-                            plan.value(source, tokens[i], h))
-                            << "row " << i << " of rank " << source;
+                const int64_t count = range & 0xffffffff;
+                ASSERT_EQ(range >> 32, end) << "rank " << source;
+                if (source != schedule_.victim || count != 0) {
+                    ASSERT_EQ(count, int64_t(tokens.size())) << "of rank " << source;
+                    expect_rows_of(share, source, tokens, e * plan.region() + end);
                 }
+                end += count;
             }
+            ASSERT_EQ(share.out_count.data<int32_t>()[e], end);
+        }
+    }
+    void expect_rows_of(Share &share, int source, const std::vector<int> &tokens,
+                        int64_t first) const {
+        const int hidden = shape_.hidden;
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            ASSERT_EQ(share.out_src_info.data<int32_t>()[first + i], tokens[i]);
+            for (int h = 0; h < hidden; ++h)
+                ASSERT_EQ(
+                    read_element(Element::kBf16, share.out_x.data() + (first + i) * hidden * 2, h),
+                    share.plan.value(source, tokens[i], h))
+                    << "row " << i << " of rank " << source;
+        }
     }
 
     // Each token's sum is of all its experts; without those of the victim if that was missed

@@ -447,13 +447,12 @@ Results run_replays(const Problem &p, const Seat &seat, std::string *failure) {
 namespace {
 
 // This rank's window, and what spoils it: in the peers' names, but from here, where it is reached
-// whatever the devices are.
+// whatever the devices are. Nobody stores there meanwhile.
 class Spoiler {
   public:
     Spoiler(const Objects &o, const Seat &seat, uint32_t seed)
         : Spoiler(o.buffer->buffer->round(nullptr, nullptr, 0), seat, seed) {}
 
-    // Nobody stores there meanwhile.
     void spoil(uint64_t epoch) {
         constexpr int kStrokes = 6;
         copy(host_.data(), window_, cudaMemcpyDeviceToHost);
@@ -463,10 +462,24 @@ class Spoiler {
         copy(window_, host_.data(), cudaMemcpyHostToDevice);
     }
 
+    // Some of the messages that have come from a rank in the first round.
+    void lose_messages(const Problem &p, const Seat &seat, int from) {
+        copy(host_.data(), window_, cudaMemcpyDeviceToHost);
+        std::mt19937_64 random(p.seed * 31 + seat.rank);
+        const int bits = p.quant != MEP_QUANT_NONE ? 8 : p.type_bits;
+        for (int i = 0; i < p.tokens_max / 4; ++i)
+            ep::test::lose_message(
+                layout_, reinterpret_cast<char *>(host_.data()),
+                {from, seat.rank, int(random() % p.tokens_max), 1, size_t(p.hidden) * bits / 8},
+                random());
+        copy(window_, host_.data(), cudaMemcpyHostToDevice);
+    }
+
   private:
     Spoiler(const ep::Round &round, const Seat &seat, uint32_t seed)
         : on_gpu_(seat.on_gpu()),
           window_(address_of(round, seat)),
+          layout_(round.layout),
           host_(round.layout.bytes / sizeof(uint64_t)),
           pen_(round.layout, reinterpret_cast<char *>(host_.data()),
                {seat.rank, (seat.rank + 1) % round.layout.shape.rank_count}, seed) {}
@@ -490,12 +503,30 @@ class Spoiler {
 
     bool on_gpu_;
     char *window_;
+    ep::Layout layout_;
     std::vector<uint64_t> host_;  // a copy of it
     ep::test::Pen pen_;
 };
 
+// Has a rank been masked since the last call because its rows did not come? Those that came are
+// left out, but they were written.
+bool has_lost_rows(const Objects &o, uint64_t *cursor) {
+    constexpr int32_t kCapacity = 8;
+    mep_event_t events[kCapacity];
+    int32_t count = kCapacity;
+    bool any = false;
+    while (count == kCapacity) {
+        count = 0;
+        mep_buffer_read_events(o.buffer, cursor, events, kCapacity, &count);
+        any = any || std::any_of(events, events + count, [](const mep_event_t &event) {
+                  return event.phase == MEP_WAIT_ROWS;
+              });
+    }
+    return any;
+}
+
 // What a dispatch has written but did not tell of; "" if there is nothing.
-std::string untold(const Round &round) {
+std::string untold(const Round &round, bool has_lost_rows) {
     const Problem &p = round.p;
     const std::vector<char> count_bytes = round.count.memory.get();
     for (int64_t e = 0; e < p.local(); ++e) {
@@ -503,6 +534,7 @@ std::string untold(const Round &round) {
         std::memcpy(&count, &count_bytes[e * sizeof count], sizeof count);
         const std::string expert = "local expert " + std::to_string(e) + ": ";
         if (count < 0 || count > p.rows()) return expert + std::to_string(count) + " rows";
+        if (has_lost_rows) continue;
         for (const Array *array : {&round.out_x, &round.info, &round.scales}) {
             const std::vector<char> bytes = array->memory.get();
             const size_t row_bytes = bytes.size() / (p.local() * p.rows());
@@ -515,8 +547,8 @@ std::string untold(const Round &round) {
     return "";
 }
 
-bool is_told(const Round &round, std::string *failure) {
-    *failure = untold(round);
+bool is_told(const Round &round, bool has_lost_rows, std::string *failure) {
+    *failure = untold(round, has_lost_rows);
     for (const auto &[name, array] : round.outputs())
         if (!array->memory.guards_are_whole()) *failure = std::string("beside ") + name;
     return failure->empty();
@@ -542,6 +574,7 @@ Results run_among_garbage(const Problem &p, const Seat &seat, std::string *failu
     o.waits_after_calls = false;  // its halves wait for nobody, so none is in the way of another
     Spoiler spoiler(o, seat, p.seed * 1009 + seat.rank);
     Array active(guarded, MEP_TYPE_INT, 32, {p.ranks});
+    uint64_t cursor = 0;
     for (int number = 0; number < p.rounds; ++number) {
         Round round(p, guarded, number);
         round.active = &active;
@@ -551,12 +584,62 @@ Results run_among_garbage(const Problem &p, const Seat &seat, std::string *failu
         };
         const auto combine = [&](uint32_t phases) { return round.combine(o, 0, phases, failure); };
         if (!halves_among_garbage(o, &spoiler, number + 1, dispatch, failure)) return {};
-        if (!is_told(round, failure)) return {};
+        const bool lost = has_lost_rows(o, &cursor);
+        if (!is_told(round, lost, failure)) return {};
         active.memory.put(std::vector<int32_t>(p.ranks, 1).data());
         if (!halves_among_garbage(o, &spoiler, number + 1, combine, failure)) return {};
-        if (!is_told(round, failure)) return {};
+        if (!is_told(round, lost, failure)) return {};
     }
     return {};
+}
+
+// ---- Lost rows ----------------------------------------------------------------------------------
+
+namespace {
+
+// Clears what is behind the rows that out_count tells of: of a rank that is lost some may have
+// come.
+void clear_untold(const Round &round, Results *results) {
+    const Problem &p = round.p;
+    const std::vector<char> counts = round.count.memory.get();
+    for (auto &[name, bytes] : *results) {
+        const std::string array = name.substr(0, name.find(' '));
+        if (array != "out_x" && array != "out_scales" && array != "out_src_info") continue;
+        const size_t row_bytes = bytes.size() / (p.local() * p.rows());
+        for (int64_t e = 0; e < p.local(); ++e) {
+            int32_t count;
+            std::memcpy(&count, &counts[e * sizeof count], sizeof count);
+            std::fill(bytes.begin() + (e * p.rows() + count) * row_bytes,
+                      bytes.begin() + (e + 1) * p.rows() * row_bytes, char(0));
+        }
+    }
+}
+
+}  // namespace
+
+Results run_losing_rows(const Problem &p, const Seat &seat, std::string *failure) {
+    const bool dies = seat.rank == kDyingRank;
+    Objects o;
+    if (!o.create(p, seat, failure)) return {};
+    Round round(p, seat, 0);
+    Array active(seat, MEP_TYPE_INT, 32, {p.ranks});
+    active.memory.put(std::vector<int32_t>(p.ranks, 1).data());
+    round.active = &active;
+    Spoiler spoiler(o, seat, p.seed);
+    if (seat.on_gpu()) cudaDeviceSynchronize();
+    if (!o.barrier(failure)) return {};
+    if (dies && !(round.dispatch(o, 0, MEP_PHASE_SEND, failure) && o.await(failure))) return {};
+    if (!o.barrier(failure)) return {};
+    if (!dies) spoiler.lose_messages(p, seat, kDyingRank);
+    if (!o.barrier(failure)) return {};
+    if (!dies && !(round.launch(o, 0, failure) && o.await(failure))) return {};
+    if (!o.barrier(failure)) return {};
+    Results results;
+    if (dies) return o.barrier(failure) ? std::move(results) : Results{};
+    round.collect(0, &results);
+    clear_untold(round, &results);
+    results.emplace_back("active_ranks", active.memory.get());
+    return o.barrier(failure) ? std::move(results) : Results{};
 }
 
 std::string difference(const Results &cpu, const Results &gpu) {

@@ -179,6 +179,10 @@ Results run_replays(const Problem &problem, const Seat &seat, std::string *failu
 // rank's window is spoiled. Fails if something was written that a round does not tell of.
 Results run_among_garbage(const Problem &problem, const Seat &seat, std::string *failure);
 
+// A round in which a rank dies between its counts and the last of its rows; it gives no results.
+constexpr int kDyingRank = 1;
+Results run_losing_rows(const Problem &problem, const Seat &seat, std::string *failure);
+
 // The first array that differs; "" if none does.
 std::string difference(const Results &cpu, const Results &gpu);
 

@@ -327,6 +327,24 @@ TEST(Cuda, GivesTheBitsOfTheCpuForEveryWayOfWeights) {
     });
 }
 
+// What the CPU does is tested against the oracle (kernels_cpu_test).
+TEST(Cuda, LeavesOutTheRowsOfARankThatDiesAfterItsCounts) {
+    NEEDS_GPU();
+    with_all_kernels([] {
+        for (const uint32_t quant : {MEP_QUANT_NONE, MEP_QUANT_FP8}) {
+            Problem p;
+            p.ranks = 3;
+            p.experts = 12;
+            p.topk = 4;
+            p.hidden = 1536;
+            p.quant = quant;
+            p.timeout_us = 500'000;
+            SCOPED_TRACE("quant " + std::to_string(quant));
+            expect_same_bits(p, gpu::run_losing_rows);
+        }
+    });
+}
+
 TEST(Cuda, GivesTheBitsOfTheCpuForOneRankAndForMoreRanksThanGpus) {
     NEEDS_GPU();
     with_all_kernels([] {

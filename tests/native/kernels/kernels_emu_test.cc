@@ -289,6 +289,26 @@ TEST(EmuKernels, GoOnWithoutARankThatNeverStarts) {
     expect_survivors_go_on(rig, 1, 900);
 }
 
+TEST(EmuKernels, LeaveOutTheRowsOfARankThatDiesAfterItsCounts) {
+    if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = small_bf16(Weights::kAtDispatch);
+    rig.ranks = 3;
+    rig.experts = 6;
+    rig.tokens_max = 4;
+    for (const bool in_halves : {false, true})
+        expect_rows_of_lost_are_left_out(rig, 1, in_halves, 910);
+    if (!kLines) return;
+    rig = by_line(rig);
+    rig.hidden = 512;  // two parts
+    for (int dead = 0; dead < 2; ++dead)
+        for (const bool in_halves : {false, true})
+            expect_rows_of_lost_are_left_out(rig, dead, in_halves, 920 + dead);
+    rig = by_line(small(Element::kBf16, Quant::kFp8, Weights::kNone));
+    rig.ranks = 3;
+    rig.experts = 6;
+    expect_rows_of_lost_are_left_out(rig, 0, false, 930);
+}
+
 TEST(EmuKernels, LeaveARankAloneThatIsNotInTheGroup) {
     if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
     Rig rig = small_bf16(Weights::kAtCombine);
@@ -307,6 +327,17 @@ TEST(EmuKernels, KeepEachOtherWhenOneNeverStarts) {
     rig.hidden = 8;
     expect_survivors_keep_each_other(rig, 1, 2, 950);
     if (kLines) expect_survivors_keep_each_other(by_line(rig), 1, 2, 960);
+}
+
+TEST(EmuKernels, KeepEachOtherWhenOneDiesBeforeItsWeights) {
+    if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = small_bf16(Weights::kAtCombine);
+    rig.ranks = 3;
+    rig.experts = 6;
+    rig.hidden = 8;
+    rig.topk = rig.experts;  // hardly a token that does not go to all
+    expect_survivors_keep_each_other_in_combine(rig, 1, 2, 990);
+    if (kLines) expect_survivors_keep_each_other_in_combine(by_line(rig), 1, 2, 995);
 }
 
 }  // namespace

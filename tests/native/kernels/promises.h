@@ -3,6 +3,7 @@
 #pragma once
 
 #include "support/fleet.h"
+#include "support/pen.h"
 
 #include <algorithm>
 #include <atomic>
@@ -291,6 +292,66 @@ inline void expect_survivors_keep_each_other(Rig rig, int late, int dead, uint64
         {dead});
     expect_masked(fleet, dead);
     expect_right(fleet, round);
+}
+
+// The same in combine, with weights that come only then: who waits for those of the dead rank is
+// late with its sums.
+inline void expect_survivors_keep_each_other_in_combine(Rig rig, int late, int dead,
+                                                        uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed) + ", dead rank " + std::to_string(dead));
+    Fleet fleet(rig);
+    Round round = fleet.round(seed, std::vector<int>(rig.ranks, rig.tokens_max));
+    fleet.run([&](int rank) { fleet.dispatch(round.tasks[rank]); });
+    fleet.set_timeout_ns(kMediumNs);
+    const auto late_start =
+        std::chrono::steady_clock::now() + std::chrono::nanoseconds(kMediumNs / 4);
+    fleet.run(
+        [&](int rank) {
+            while (rank == late && std::chrono::steady_clock::now() < late_start)
+                sched_yield();
+            fleet.combine(round.tasks[rank]);
+        },
+        {dead});
+    expect_masked(fleet, dead);
+    round.lost[dead] = 1;
+    for (int rank = 0; rank < rig.ranks; ++rank)
+        EXPECT_TRUE(rank == dead || fleet.combined(round, rank));
+}
+
+// A rank that dies between its counts and the last of its rows: none of its rows is left, counts
+// are true to what came, and the rows of the others are where they are said to be, exact, and
+// summed.
+inline void expect_rows_of_lost_are_left_out(Rig rig, int dead, bool in_halves, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed) + ", dead rank " + std::to_string(dead));
+    Fleet fleet(rig);
+    Round told = fleet.round(seed, std::vector<int>(rig.ranks, rig.tokens_max));
+    fleet.dispatch_send(told.tasks[dead]);
+    std::mt19937_64 random(seed);
+    for (int rank = 0; rank < rig.ranks; ++rank)
+        for (int lost = 1 + int(random() % rig.tokens_max); rank != dead && lost > 0; --lost)
+            lose_message(fleet.layout(), fleet.window(rank),
+                         {dead, rank, int(random() % rig.tokens_max), 1, rig.out_row_bytes()},
+                         random());
+    if (in_halves) expect_ends(fleet, told, &Fleet::dispatch_send, dead);
+    fleet.set_timeout_ns(in_halves ? kShortNs : kMediumNs / 2);
+    expect_ends(fleet, told, in_halves ? &Fleet::dispatch_receive : &Fleet::dispatch, dead);
+    expect_masked(fleet, dead);
+    expect_noted(fleet, dead, {Awaited::kRows});
+    fleet.set_timeout_ns(kLongNs);
+    Round left = fleet.without(told, dead);
+    for (int rank = 0; rank < rig.ranks; ++rank) {
+        if (rank == dead) continue;
+        EXPECT_TRUE(fleet.dispatched(left, rank, told));
+        EXPECT_EQ(fleet.peer_counts(rank, dead).rows_received, 0U);
+        for (int e = 0; e < rig.local_experts(); ++e)
+            EXPECT_EQ(fleet.expert_rows(rank)[e], left.rows[rank * rig.local_experts() + e].size());
+    }
+    expect_ends(fleet, left, &Fleet::combine, dead);
+    for (int rank = 0; rank < rig.ranks; ++rank)
+        EXPECT_TRUE(rank == dead || fleet.combined(left, rank));
+    Round next = fleet.round(seed + 1, {}, {dead});
+    fleet.run([&](int rank) { fleet.both(next.tasks[rank]); }, {dead});
+    expect_right(fleet, next);
 }
 
 // A rank that is not in the group: whatever the mask says, it is neither sent to nor waited for.

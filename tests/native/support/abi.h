@@ -271,7 +271,7 @@ struct Share {
         args.phases = phases;
         args.x = x.view();
         args.topk_idx = topk_idx.view();
-        args.topk_weights = topk_weights.view();
+        args.topk_weights = weights_at_combine ? nullptr : topk_weights.view();
         args.out_x = out_x.view();
         args.out_count = out_count.view();
         args.out_src_info = out_src_info.view();
@@ -283,6 +283,7 @@ struct Share {
         args.struct_size = sizeof args;
         args.phases = phases;
         args.x = out_x.view();
+        args.topk_weights = weights_at_combine ? topk_weights.view() : nullptr;
         args.out = out.view();
         return args;
     }
@@ -301,6 +302,7 @@ struct Share {
 
     const Plan &plan;
     int rank;
+    bool weights_at_combine = false;
     Tensor x, topk_idx, topk_weights, out_x, out_count, out_src_info, out_layout_range, out;
 };
 

@@ -8,6 +8,7 @@
 #include "support/tokens.h"
 #include "support/values.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <gtest/gtest.h>
@@ -108,7 +109,7 @@ struct Task {
 
     HandleState state{};
     std::vector<int32_t> choices, positions, row_counts, rows;
-    std::vector<uint64_t> token_counts, begins;
+    std::vector<uint64_t> token_counts, begins, lost_rounds;
     std::vector<float> weights;
 
     static constexpr size_t kGap = 32;
@@ -168,6 +169,10 @@ class Fleet {
     ep::test::Round round(uint64_t seed, std::vector<int> counts = {},
                           const std::vector<int> &lost = {});
 
+    // The same, without a rank of which messages were lost: its rows, and what experts make of
+    // them.
+    ep::test::Round without(const ep::test::Round &round, int lost) const;
+
     // body(rank) on a thread for each rank that is not in `absent`; joined at the end.
     template <class Body>
     void run(Body body, const std::vector<int> &absent = {}) {
@@ -194,9 +199,15 @@ class Fleet {
     void combine_receive(Task &task) {
         kernels_.combine(combine_args(task), Phases::kReceive, queue(task.rank));
     }
-    void both(Task &task) {
+    void dispatch(Task &task) {
         kernels_.dispatch(dispatch_args(task), Phases::kBoth, queue(task.rank));
+    }
+    void combine(Task &task) {
         kernels_.combine(combine_args(task), Phases::kBoth, queue(task.rank));
+    }
+    void both(Task &task) {
+        dispatch(task);
+        combine(task);
     }
 
     // An exchange of whole boxes between far ranks; where each finds what came.
@@ -220,8 +231,13 @@ class Fleet {
 
     void set_timeout_ns(uint64_t timeout_ns) { rig_.timeout_ns = timeout_ns; }
 
-    // Does everything a rank got agree with the oracle, and is everything else as it was?
-    ::testing::AssertionResult dispatched(const ep::test::Round &round, int rank) const;
+    // Does everything a rank got agree with the oracle, and is everything else as it was? But for
+    // rows that were told and did not come.
+    ::testing::AssertionResult dispatched(const ep::test::Round &round, int rank) const {
+        return dispatched(round, rank, round);
+    }
+    ::testing::AssertionResult dispatched(const ep::test::Round &round, int rank,
+                                          const ep::test::Round &told) const;
     ::testing::AssertionResult combined(const ep::test::Round &round, int rank) const;
 
     // Is row `row` of `at` what `from` sent of its token?
@@ -315,6 +331,18 @@ inline ep::test::Round Fleet::round(uint64_t seed, std::vector<int> counts,
     return round;
 }
 
+inline ep::test::Round Fleet::without(const ep::test::Round &round, int lost) const {
+    ep::test::Round left = round;
+    left.lost[lost] = 1;
+    for (std::vector<Packed> &rows : left.rows)
+        rows.erase(std::remove_if(rows.begin(), rows.end(),
+                                  [lost](const Packed &row) { return row.source == lost; }),
+                   rows.end());
+    for (Task &task : left.tasks)
+        fill_y(left, &task);
+    return left;
+}
+
 inline Task Fleet::task(const ep::test::Round &round, int rank, Tokens tokens) const {
     const Shape &s = layout_.shape;
     const size_t rows = size_t(rig_.local_experts()) * rig_.rows();
@@ -335,6 +363,7 @@ inline Task Fleet::task(const ep::test::Round &round, int rank, Tokens tokens) c
     task.positions.resize(task.choices.size());
     task.token_counts.resize(s.rank_count);
     task.begins.resize(size_t(rig_.local_experts()) * (s.rank_count + 1));
+    task.lost_rounds.resize(s.rank_count);
     task.row_counts.resize(slots);
     task.rows.resize(slots * s.topk_max);
     task.weights.resize(slots * s.topk_max);
@@ -389,9 +418,15 @@ inline ep::Round Fleet::kernel_round(Task &task) {
     round.rank = task.rank;
     round.windows = member.mapped.data();
     round.state = &member.state;
-    round.routing = {
-        &task.state,        task.choices.data(),    task.positions.data(), task.token_counts.data(),
-        task.begins.data(), task.row_counts.data(), task.rows.data(),      task.weights.data()};
+    round.routing = {&task.state,
+                     task.choices.data(),
+                     task.positions.data(),
+                     task.token_counts.data(),
+                     task.begins.data(),
+                     task.row_counts.data(),
+                     task.rows.data(),
+                     task.weights.data(),
+                     task.lost_rounds.data()};
     round.members = member.present.data();
     round.active = member.active.data();
     round.peer_counts = member.peer_counts.data();
@@ -536,7 +571,8 @@ inline ::testing::AssertionResult Fleet::row_arrived(const Task &from, int token
     return ::testing::AssertionSuccess();
 }
 
-inline ::testing::AssertionResult Fleet::dispatched(const ep::test::Round &round, int rank) const {
+inline ::testing::AssertionResult Fleet::dispatched(const ep::test::Round &round, int rank,
+                                                    const ep::test::Round &told) const {
     const Task &task = round.tasks[rank];
     const auto wrong = [rank](int expert, size_t row) {
         return ::testing::AssertionFailure()
@@ -563,11 +599,12 @@ inline ::testing::AssertionResult Fleet::dispatched(const ep::test::Round &round
                 row_arrived(round.tasks[rows[i].source], rows[i].token, task, first + i);
             if (!arrived) return wrong(e, i) << arrived.message();
         }
-        const size_t rest = (rig_.rows() - rows.size()) * rig_.out_row_bytes();
+        const size_t end = told.rows[rank * rig_.local_experts() + e].size();
+        const size_t rest = (rig_.rows() - end) * rig_.out_row_bytes();
         if (rest > 0 &&
-            first_touched(&task.out_x[(first + rows.size()) * rig_.out_row_bytes()], rest) < rest)
-            return wrong(e, rows.size()) << "a row after the last was touched";
-        for (size_t i = rows.size(); i < size_t(rig_.rows()); ++i) {
+            first_touched(&task.out_x[(first + end) * rig_.out_row_bytes()], rest) < rest)
+            return wrong(e, end) << "a row after the last was touched";
+        for (size_t i = end; i < size_t(rig_.rows()); ++i) {
             if (task.out_src_info[first + i] != -1) return wrong(e, i) << "src_info was touched";
             for (int g = 0; !task.out_scales.empty() && g < rig_.groups(); ++g)
                 if (scale_at(task, first + i, g) == scale_at(task, first + i, g))

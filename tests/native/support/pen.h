@@ -1,5 +1,5 @@
-// What a hostile rank writes into the window of another: random words, and words that look right
-// but are not, of this round and of others. By flag or by line.
+// What tests write into windows, by flag or by line: of a hostile rank, random words, and words
+// that look right but are not, of this round and of others; and nothing where something has come.
 #pragma once
 
 #include "wire/layout.h"
@@ -10,6 +10,32 @@
 #include <random>
 
 namespace ep::test {
+
+// A message of a dispatch.
+struct SentMessage {
+    int from, to, token;
+    uint64_t epoch;
+    size_t row_bytes;  // without scales
+};
+
+// Takes one that has come, or a part of it, out of the window of its receiver, as if its rank had
+// died before it sent that.
+inline void lose_message(const Layout &layout, char *window, const SentMessage &sent,
+                         uint64_t draw) {
+    char *message = layout.message(window, sent.epoch, sent.to, sent.from, sent.token);
+    if (layout.shape.carriage == Carriage::kFlag) {
+        *Layout::flag(message) = 0;
+        return;
+    }
+    const auto signal = [](char *line) {
+        return reinterpret_cast<uint64_t *>(line + Layout::kPiecesOfLine * Layout::kPieceBytes);
+    };
+    const size_t lines = Layout::signal_lines(sent.row_bytes);
+    if (draw % 2 == 0 && Signal::value(*signal(message)) > 0)  // it has a row
+        *signal(layout.payload(message) + draw / 2 % lines * Layout::kLineBytes) = 0;
+    else
+        *signal(message) = 0;
+}
 
 class Pen {
   public:

@@ -1,0 +1,153 @@
+// What RECEIVE of dispatch does at its end if a source was lost between its counts and the last of
+// its rows: takes all its rows out and moves up those behind them, as if it had been masked before.
+// So counts are true, and combine, which sends a masked rank nothing, finds nothing of it. Rare, so
+// one block does it all, once every other has placed its rows.
+#pragma once
+
+#include "device/device.h"
+#include "kernels/count.h"
+#include "kernels/kernels.h"
+#include "kernels/place.h"
+#include "kernels/routing.h"
+
+namespace ep::EP_DEVICE_NAMESPACE {
+
+EP_DEVICE void note_lost(const Round &r, uint64_t epoch, int source) {
+    post(&r.routing.lost[source], epoch);
+}
+EP_DEVICE bool is_lost(const Round &r, uint64_t epoch, int source) {
+    return look(&r.routing.lost[source]) == epoch;
+}
+
+// Where the rows of a source began; of rank_count: where the last ended. By flag; whoever asks
+// comes after the counter.
+struct DecidedBegins {
+    const Round &round;
+
+    EP_DEVICE int operator()(int expert, int source) const {
+        const size_t of_expert = size_t(expert) * (round.layout.shape.rank_count + 1);
+        return Signal::value(look(&round.routing.begins[of_expert + source]));
+    }
+};
+
+// ---- Rows ---------------------------------------------------------------------------------------
+
+template <class Begins>
+EP_DEVICE int rows_left_out_before(const Round &r, uint64_t epoch, int expert, int source,
+                                   const Begins &begins) {
+    int count = 0;
+    for (int other = 0; other < source; ++other)
+        if (is_lost(r, epoch, other)) count += begins(expert, other + 1) - begins(expert, other);
+    return count;
+}
+
+// Tells combine where the rows are from now on. A block.
+template <class Begins>
+EP_DEVICE void renumber_rows(const Round &r, uint64_t epoch, const Begins &begins) {
+    const Shape &shape = r.layout.shape;
+    const int region = shape.rank_count * shape.token_count_max;
+    for (int source = 0; source < shape.rank_count; ++source) {
+        if (is_lost(r, epoch, source)) continue;
+        const int tokens = Signal::value(look(&r.routing.token_counts[source]));
+        for (int token = Block::rank(); token < tokens; token += Block::size()) {
+            const size_t slot = size_t(source) * shape.token_count_max + token;
+            int32_t *rows = r.routing.rows + slot * shape.topk_max;
+            for (int i = 0; i < r.routing.row_counts[slot]; ++i)
+                if (rows[i] >= 0)
+                    rows[i] -= rows_left_out_before(r, epoch, rows[i] / region, source, begins);
+        }
+    }
+}
+
+// To a row before it, which is not needed any more. One warp; of any two rows, a lane reads and
+// writes the same places.
+EP_DEVICE void move_row(const DispatchArgs &a, int32_t from, int32_t to) {
+    constexpr int kLoads = 4;
+    const Target source = place_of(a, from), target = place_of(a, to);
+    const Element type = a.out_type();
+    fan_out<Warp, kLoads>(
+        1, [&](int) { return target.row; }, source.row,
+        size_t(a.round.hidden) * element_bytes(type), a.round.caching);
+    if (type == Element::kFp8)
+        put_scales(source.scales, source.scale_stride, a.round.hidden / kScaleGroup, 1, &target);
+    if (Warp::rank() == 0 && a.out_src_info != nullptr) a.out_src_info[to] = a.out_src_info[from];
+}
+
+// One warp.
+template <class Begins>
+EP_DEVICE void close_gaps(const DispatchArgs &a, uint64_t epoch, int expert, const Begins &begins) {
+    const Round &r = a.round;
+    const int ranks = r.layout.shape.rank_count;
+    const int first = expert * ranks * r.layout.shape.token_count_max;
+    int at = 0;
+    for (int source = 0; source < ranks; ++source) {
+        const int begin = begins(expert, source), told = begins(expert, source + 1) - begin;
+        const int count = is_lost(r, epoch, source) ? 0 : told;
+        for (int i = 0; i < count && begin != at; ++i)
+            move_row(a, first + begin + i, first + at + i);
+        if (Warp::rank() == 0) {
+            count_received(r, source, count - told);
+            if (a.out_layout_range != nullptr)
+                a.out_layout_range[size_t(expert) * ranks + source] = int64_t{at} << 32 | count;
+        }
+        at += count;
+    }
+    if (Warp::rank() != 0) return;
+    a.out_count[expert] = at;
+    count_expert(r, expert, at - begins(expert, ranks));
+}
+
+// One block, alone.
+template <class Begins>
+EP_DEVICE void leave_out_lost(const DispatchArgs &a, uint64_t epoch, const Begins &begins) {
+    const Round &r = a.round;
+    renumber_rows(r, epoch, begins);
+    for (int expert = Warp::index_in_block(); expert < r.layout.local_expert_count;
+         expert += Warp::count_in_block())
+        close_gaps(a, epoch, expert, begins);
+    for (int source = Block::rank(); source < r.layout.shape.rank_count; source += Block::size())
+        if (is_lost(r, epoch, source))
+            post(&r.routing.token_counts[source], Signal::pack(epoch, 0));
+}
+
+// ---- When ---------------------------------------------------------------------------------------
+
+// Until every other block of the launch has handed in. All threads.
+EP_DEVICE void await_other_blocks(const uint64_t *tickets) {
+    for (uint32_t attempt = 0;; ++attempt) {
+        const uint64_t others = observe<Thread>(tickets);
+        if ((others + tickets_of_block()) % BufferState::kTicketsOfRound == 0) return;
+        pause(attempt);
+    }
+}
+
+// Ends a block of a launch that receives, where blocks run beside each other. Of those in which a
+// thread has `missed` a message, one waits for all others.
+template <class Begins>
+EP_DEVICE void end_receiving(const DispatchArgs &a, uint64_t epoch, bool missed,
+                             const Begins &begins) {
+    const Round &r = a.round;
+    uint64_t *tickets = r.sends() ? &r.state->dispatch_tickets : &r.state->receive_tickets;
+    if (block_any(missed) && block_any(Block::rank() == 0 && swap(&r.state->repairs, 1) == 0)) {
+        await_other_blocks(tickets);
+        leave_out_lost(a, epoch, begins);
+        Block::sync();
+        if (Block::rank() == 0) store(&r.state->repairs, 0);  // nobody else asks in this launch
+    }
+    if (Block::rank() == 0) publish_add(tickets, tickets_of_block());
+}
+
+// Elsewhere it is a launch of one block behind the one that receives.
+template <class Args>  // so that other devices have no such kernel
+EP_KERNEL leave_out_kernel(const Args a) {
+    after_launches_before();
+    const Round &r = a.round;
+    const int ranks = r.layout.shape.rank_count;
+    const uint64_t epoch = r.routing.state->dispatch_epoch;
+    bool any = false;
+    for (int source = 0; source < ranks; ++source)
+        any = any || is_lost(r, epoch, source);
+    if (any) leave_out_lost(a, epoch, DecidedBegins{r});
+}
+
+}  // namespace ep::EP_DEVICE_NAMESPACE
