@@ -91,7 +91,8 @@ int grid_count() {
 #include "device/host_atomics.h"
 
 // Blocks of different roles do not run beside each other here.
-void publish_add(uint64_t *word, uint64_t value);
+void leave(uint64_t *word, uint64_t value);
+void after_leavers(const uint64_t *word);
 bool block_any(bool value);
 
 // Lines take 8 lanes; kernels that move them are not made for this device, only compiled.

@@ -127,9 +127,6 @@ EP_DEVICE uint64_t look(const uint64_t *word) {
 EP_DEVICE void publish(uint64_t *word, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
-EP_DEVICE void publish_add(uint64_t *word, uint64_t value) {
-    asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
-}
 EP_DEVICE bool block_any(bool value) {
     return __syncthreads_or(value) != 0;
 }
@@ -167,6 +164,20 @@ EP_DEVICE bool clock_is_due(uint32_t attempt) {
 }
 EP_DEVICE void pause(uint32_t attempt) {
     if (attempt > 16) __nanosleep(64);
+}
+
+// A release here would make every launch longer by the time that its last stores take, half a
+// microsecond, for the sake of those in which a rank is lost (ARCHITECTURE.md, Failures).
+// What a block has stored that is over takes no millisecond to get to its own device.
+constexpr uint64_t kStoresLandNs = 1'000'000;
+EP_DEVICE void leave(uint64_t *word, uint64_t value) {
+    fetch_add(word, value);
+}
+EP_DEVICE void after_leavers(const uint64_t *word) {
+    const uint64_t began_ns = now_ns();
+    while (now_ns() - began_ns < kStoresLandNs)
+        __nanosleep(1000);
+    observe<Thread>(word);  // nothing that this multiprocessor has cached of it is used
 }
 
 // Of rows that this multiprocessor does not use itself: they stay out of its cache.

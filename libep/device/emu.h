@@ -195,13 +195,6 @@ int grid_count() {
 
 #include "device/host_atomics.h"
 
-inline void publish_add(uint64_t *word, uint64_t value) {
-    __atomic_fetch_add(word, value, __ATOMIC_RELEASE);
-}
-inline bool block_any(bool value) {
-    return Block::any(value);
-}
-
 // Of rows that this device does not use itself.
 inline Vector pass_load(const Vector *from) {
     return *from;
@@ -304,6 +297,17 @@ inline void bulk_await_written() {
     bulk_puts.write();
 }
 inline void bulk_after_observe() {}
+
+inline void leave(uint64_t *word, uint64_t value) {
+    __atomic_fetch_add(word, value, __ATOMIC_RELEASE);
+}
+inline void after_leavers(const uint64_t *word) {
+    look(word);
+}
+inline bool block_any(bool value) {
+    bulk_await_written();  // what a block that leaves has put lands
+    return Block::any(value);
+}
 
 #include "device/lanes.h"
 

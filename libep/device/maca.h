@@ -199,7 +199,8 @@ EP_DEVICE void pause(uint32_t) {}  // the only known sleep has no known unit
 // ---- What there is not --------------------------------------------------------------------------
 
 // Kernels with these words are not made for this device, only parsed.
-__device__ void publish_add(uint64_t *word, uint64_t value);
+__device__ void leave(uint64_t *word, uint64_t value);
+__device__ void after_leavers(const uint64_t *word);
 __device__ bool block_any(bool value);
 constexpr int kLineTokenCountMax = 0, kLineChoiceCountMax = 0;
 __device__ void push(char *at, bool here, bool signal, Vector piece);

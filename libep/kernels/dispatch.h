@@ -259,7 +259,7 @@ EP_DEVICE bool move_rows(const DispatchArgs &a, uint64_t epoch, const Role &role
     bool all_came = true;
     if (role.receiver >= 0 && a.round.receives())
         all_came = receive_messages<kCast ? Element::kFp8 : kType>(a, &mover, epoch, role);
-    mover.rows.finish(a.round.receives());
+    mover.rows.finish();
     return all_came;
 }
 

@@ -114,11 +114,12 @@ EP_DEVICE void leave_out_lost(const DispatchArgs &a, uint64_t epoch, const Begin
 
 // Until every other block of the launch has handed in. All threads.
 EP_DEVICE void await_other_blocks(const uint64_t *tickets) {
-    for (uint32_t attempt = 0;; ++attempt) {
-        const uint64_t others = observe<Thread>(tickets);
-        if ((others + tickets_of_block()) % BufferState::kTicketsOfRound == 0) return;
+    const auto all_left = [&] {
+        return (look(tickets) + tickets_of_block()) % BufferState::kTicketsOfRound == 0;
+    };
+    for (uint32_t attempt = 0; !all_left(); ++attempt)
         pause(attempt);
-    }
+    after_leavers(tickets);
 }
 
 // Ends a block of a launch that receives, where blocks run beside each other. Of those in which a
@@ -134,7 +135,7 @@ EP_DEVICE void end_receiving(const DispatchArgs &a, uint64_t epoch, bool missed,
         Block::sync();
         if (Block::rank() == 0) store(&r.state->repairs, 0);  // nobody else asks in this launch
     }
-    if (Block::rank() == 0) publish_add(tickets, tickets_of_block());
+    if (Block::rank() == 0) leave(tickets, tickets_of_block());
 }
 
 // Elsewhere it is a launch of one block behind the one that receives.

@@ -33,8 +33,8 @@ class LaneRows {
     // What went to the first `count` of the last row's targets may be published by any lane.
     EP_DEVICE void before_publish(int) { ep::EP_DEVICE_NAMESPACE::before_publish<Warp>(); }
 
-    // The last call: shared memory may be given up; with `all_stored`, this lane has stored all.
-    EP_DEVICE void finish(bool) {}
+    // The last call: shared memory may be given up.
+    EP_DEVICE void finish() {}
 };
 
 }  // namespace ep::EP_DEVICE_NAMESPACE

@@ -48,12 +48,7 @@ class BulkRows {
         ep::EP_DEVICE_NAMESPACE::before_publish<Warp>();
     }
 
-    EP_DEVICE void finish(bool all_stored) {
-        if (all_stored)
-            bulk_await_written();
-        else
-            bulk_await_read<0>();
-    }
+    EP_DEVICE void finish() { bulk_await_read<0>(); }
 
   private:
     static constexpr int kAhead = kBulkSlots / 2;  // pieces being fetched, while as many are put
