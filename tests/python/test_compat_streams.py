@@ -171,6 +171,17 @@ def test_the_current_stream_stays_and_events_are_recorded_again(gpu: Gpu, stream
     assert (gpu.events, gpu.switches) == (events, switches)
 
 
+def test_what_follows_a_call_switches_to_its_stream_only_from_another(
+    gpu: Gpu, streams: Streams
+) -> None:
+    stream = call(gpu, streams, streams.current())
+    for current, switches in ((MAIN, 0), (OTHER, 1)):
+        gpu.current = current
+        with streams.on(stream):
+            assert gpu.current == MAIN
+        assert (gpu.current, gpu.switches) == (current, switches)
+
+
 @pytest.mark.parametrize("inside", [Streams.current, Streams.side])
 def test_a_capture_waits_for_nothing_before_it_and_nothing_after_it_for_the_capture(
     gpu: Gpu, streams: Streams, inside: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import logging
 import threading
@@ -256,7 +255,7 @@ class Core:
             sent.pending.receive(native(stream))
         except PeerFailedError as error:
             _without_peer(error)
-        _follow(stream, sent.after)
+        self._follow(stream, sent.after)
         self.streams.done(stream)
 
     def receive_dropped(self) -> None:
@@ -285,7 +284,7 @@ class Core:
         if terms.mode is Mode.HOOK:
             self.streams.done(stream)
             return EventOverlap(), Hook(self, sent)
-        _follow(stream, after)
+        self._follow(stream, after)
         self.streams.done(stream)
         if terms.mode is Mode.NOW or stream is None:
             return EventOverlap(), None
@@ -294,12 +293,11 @@ class Core:
                 tensor.record_stream(stream)  # it came from the memory of another one
         return EventOverlap(EventHandle(stream)), None
 
-
-def _follow(stream: Any, after: After | None) -> None:
-    """Do what follows a round, on its stream."""
-    if after is not None:
-        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-            after.run()
+    def _follow(self, stream: Any, after: After | None) -> None:
+        """Do what follows a round, on its stream."""
+        if after is not None:
+            with self.streams.on(stream):
+                after.run()
 
 
 def _without_peer(error: PeerFailedError) -> Any:

@@ -5,6 +5,7 @@ On the CPU there are no streams: what stands for one is None.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,9 +61,14 @@ class Streams:
         if stream is self._last and not self._are_several:
             return stream
         # Nearly always it is the current one; to make it that costs more than the rest of a call.
-        if stream == self._current():
-            return self._follow(stream, self._current_is_captured())
-        return self._follow(stream, _is_captured(stream))
+        is_current = self._is_current(stream)
+        return self._follow(stream, self.capturing() if is_current else _is_captured(stream))
+
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        """Return a context in which the stream of a call is the current one, as it often is."""
+        if stream is None or self._is_current(stream):
+            return nullcontext()
+        return torch.cuda.stream(stream)  # type: ignore[no-any-return]
 
     def done(self, stream: Any) -> None:
         """Note that a call was queued."""
@@ -81,12 +87,18 @@ class Streams:
             self._here = torch.cuda.current_stream(self._device)
         return self._here
 
+    def _is_current(self, stream: Any) -> bool:
+        """Tell whether what torch does now, on whatever device, goes to ``stream``."""
+        assert self._device is not None
+        is_ours: bool = torch.cuda.current_device() == self._device.index
+        return is_ours and bool(stream == self._current())
+
     def _current_is_captured(self) -> bool:
         """Tell of the stream that _current() has just returned."""
         assert self._device is not None
         if torch.cuda.current_device() != self._device.index:
             return _is_captured(self._here)
-        return bool(torch.cuda.is_current_stream_capturing())
+        return self.capturing()
 
     def _follow(self, stream: Any, is_captured: bool) -> Any:
         """Let ``stream`` wait for the last call, if that was on another one."""
