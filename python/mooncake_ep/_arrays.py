@@ -69,7 +69,7 @@ def framework_of(array: object, device: int) -> Framework:
 class OutputPlan:
     """How to allocate the outputs of one kind of dispatch: all but the data pointers is known.
 
-    finish: as Framework.finish.
+    finish: as Framework.finish; has_scales, has_layout_range: whether there are such outputs.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class OutputPlan:
         )
         self.finish = framework.finish
         self._address = framework.address
-        self._has_scales = scale_layout is not None
+        self.has_scales = scale_layout is not None
         self._tensors = ffi.new("mep_tensor_t[]", len(OUTPUTS))
         self._slots = [Slot(self._tensors + index) for index in range(len(OUTPUTS))]
         self._make: list[Any] = []
@@ -108,24 +108,28 @@ class OutputPlan:
             slot.describe(output_dtype, shape, strides, device)
             allocate = framework.allocator(output_dtype)
             self._make.append(allocate and functools.partial(allocate, shape, strides))
+        self.has_layout_range = self._make[3] is not None
+
+    def describe(self, slots: list[Slot]) -> None:
+        """Let ``slots``, side by side, say of the outputs all but where they are."""
+        ffi.memmove(slots[0].tensor, self._tensors, _OUTPUT_BYTES)
 
     def allocate(self, slots: list[Slot]) -> tuple[Any, Any, Any, Any, Any]:
-        """Allocate arrays in the order of OUTPUTS and point ``slots``, side by side, at them."""
+        """Allocate x, scales, count, src_info, layout_range; point described ``slots`` at them."""
         address = self._address
         make_x, make_count, make_src_info, make_layout_range, make_scales = self._make
         x, count, src_info = make_x(), make_count(), make_src_info()
-        ffi.memmove(slots[0].tensor, self._tensors, _OUTPUT_BYTES)
         slots[0].words[0] = address(x)
         slots[1].words[0] = address(count)
         slots[2].words[0] = address(src_info)
         layout_range = scales = None
-        if make_layout_range is not None:
+        if self.has_layout_range:
             layout_range = make_layout_range()
             slots[3].words[0] = address(layout_range)
-        if self._has_scales:
+        if self.has_scales:
             scales = make_scales()
             slots[4].words[0] = address(scales)
-        return x, count, src_info, layout_range, scales
+        return x, scales, count, src_info, layout_range
 
 
 def _find(array: object, device: int) -> Framework:

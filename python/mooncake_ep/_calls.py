@@ -28,6 +28,7 @@ class DispatchCall:
         "free",
         "function",
         "outputs",
+        "plan",
         "tensors",
         "topk_idx",
         "topk_weights",
@@ -42,17 +43,20 @@ class DispatchCall:
         slots = [Slot(self.tensors + index) for index in range(len(self.tensors))]
         self.x, self.x_scales, self.topk_idx, self.topk_weights, self.active_ranks = slots[:5]
         self.outputs = slots[_INPUT_COUNT:]
+        self.plan: OutputPlan | None = None  # what the output structs describe now
         self.args = struct("mep_dispatch_args_t", x=self.x.tensor, topk_idx=self.topk_idx.tensor)
 
     def allocate_outputs(self, plan: OutputPlan) -> Dispatched:
         """Allocate the outputs and point the output structs at them."""
-        args, outputs = self.args, self.outputs
-        x, count, src_info, layout_range, scales = plan.allocate(outputs)
-        args.out_x, args.out_count = outputs[0].tensor, outputs[1].tensor
-        args.out_src_info = outputs[2].tensor
-        args.out_layout_range = _NULL if layout_range is None else outputs[3].tensor
-        args.out_scales = _NULL if scales is None else outputs[4].tensor
-        return Dispatched(x, scales, count, src_info, layout_range)
+        outputs = self.outputs
+        if self.plan is not plan:
+            self.plan, args = plan, self.args
+            plan.describe(outputs)
+            args.out_x, args.out_count = outputs[0].tensor, outputs[1].tensor
+            args.out_src_info = outputs[2].tensor
+            args.out_layout_range = outputs[3].tensor if plan.has_layout_range else _NULL
+            args.out_scales = outputs[4].tensor if plan.has_scales else _NULL
+        return Dispatched(*plan.allocate(outputs))
 
     def borrow_outputs(self, out: Dispatched, stream: int | None) -> tuple[object, ...]:
         """Point the output structs at the caller's arrays."""
@@ -60,6 +64,7 @@ class DispatchCall:
             raise wrong_type(out, "out", "not a Dispatched")
         args, arrays = self.args, (out.x, out.count, out.src_info, out.layout_range, out.scales)
         x, count, src_info, layout_range, scales = self.outputs
+        self.plan = None
         args.out_x, args.out_count = x.tensor, count.tensor
         args.out_src_info = _NULL if out.src_info is None else src_info.tensor
         args.out_layout_range = _NULL if out.layout_range is None else layout_range.tensor

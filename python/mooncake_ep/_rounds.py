@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._ffi import ffi
 from ._lib import EpError, failure, lib
-from ._streams import stream_finder
 
 if TYPE_CHECKING:
     from ._calls import CombineCall, DispatchCall
@@ -108,7 +107,7 @@ class _Pending:
             raise EpError("the round was received already")
         buffer, waits = handle._buffer, False
         if buffer._on_gpu or stream is not None:
-            stream, waits = buffer._stream(stream_finder(self._arrays[0]), stream)
+            stream, waits = buffer._stream(self._arrays[0], stream)
             call.args.stream = ffi.cast("void *", stream)
         call.args.phases = _RECEIVE
         status = call.function(buffer._open(), handle._c, call.args)

@@ -55,7 +55,7 @@ from ._rounds import (
     received,
     sent,
 )
-from ._streams import POINTER_BITS, StreamFinder, native_stream, stream_finder
+from ._streams import POINTER_BITS, native_stream, stream_finder
 from .group import Group
 
 _QUANTS = {None: lib.MEP_QUANT_NONE, "fp8": lib.MEP_QUANT_FP8, "fp8_pow2": lib.MEP_QUANT_FP8_POW2}
@@ -305,7 +305,7 @@ class Buffer:
             x, x_scales = x
         waits = False
         if self._on_gpu or stream is not None:
-            stream, waits = self._stream(stream_finder(x), stream)
+            stream, waits = self._stream(x, stream)
         inputs: tuple[object, ...] = (
             borrow("x", x, call.x, False, stream),
             borrow("topk_idx", topk_idx, call.topk_idx, False, stream),
@@ -386,7 +386,7 @@ class Buffer:
         args = call.args
         waits = False
         if self._on_gpu or stream is not None:
-            stream, waits = self._stream(stream_finder(x), stream)
+            stream, waits = self._stream(x, stream)
         inputs: tuple[object, ...] = (
             borrow("x", x, call.x, False, stream),
             topk_weights is None
@@ -478,8 +478,8 @@ class Buffer:
         else:
             args.phases = _SEND if truth_value(send_only, "send_only") else 0
 
-    def _stream(self, finder: StreamFinder | None, stream: int | None) -> tuple[int, bool]:
-        """Choose the stream of a call, and whether the host has to wait for its work.
+    def _stream(self, x: object, stream: int | None) -> tuple[int, bool]:
+        """Choose the stream of a call with ``x``, and whether the host has to wait for its work.
 
         It has to where nobody can tell the caller's stream, so that nobody can order the two.
         """
@@ -489,6 +489,7 @@ class Buffer:
             if type(stream) is not int or stream >> POINTER_BITS:
                 stream = native_stream(stream)
             return stream, False
+        finder = stream_finder(x)
         return (0, True) if finder is None else (finder(self.group.device_id), False)
 
     def _check_handle(self, handle: Any) -> Handle:

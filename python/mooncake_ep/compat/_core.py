@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import logging
 import threading
@@ -54,6 +53,15 @@ class Shape:
     experts: int
     topk: int
 
+    def serves(self, max_tokens: int, hidden: int, experts: int, topk: int) -> bool:
+        """Tell whether rounds of a shape find their core buffer in one of this."""
+        return (
+            self.max_tokens == max_tokens
+            and self.hidden == hidden
+            and self.experts == experts
+            and self.topk >= topk
+        )
+
     def payloads(self) -> list[str]:
         """Name what dispatch may carry: FP8 too where it can, which takes no more memory."""
         return ["bf16"] if self.hidden % lib.MEP_SCALE_GROUP else ["bf16", "fp8"]
@@ -64,7 +72,7 @@ class Shape:
         return sizes.window_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class After:
     """What follows a round on its stream, once it is received, and the tensors that it uses."""
 
@@ -72,7 +80,7 @@ class After:
     tensors: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Terms:
     """How a call deals with time: whom it waits for, how long, and when it is done."""
 
@@ -112,12 +120,12 @@ class Route:
 
     def take_combine_buffer(self) -> Any:
         """Return new memory for the experts' outputs, [L, R*M, H] bfloat16."""
-        shape = self.core.outputs_shape()
+        shape = self.core.outputs_shape
         self.combine_buffer = torch.empty(shape, dtype=torch.bfloat16, device=self.core.device)
         return self.combine_buffer
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Sent:
     """A round that was sent: to be received on its stream; what it needs lives until then."""
 
@@ -165,17 +173,13 @@ class Core:
         self.streams = Streams(device)
         self.lock = threading.Lock()
         self.dropped: list[Sent] = []
+        rows = group.rank_count * self.buffer.max_tokens
+        self.outputs_shape = (self.buffer.local_experts, rows, self.buffer.hidden)  # [L, R*M, H]
         self.waited_s = [0.0] * group.rank_count  # for each rank, as far as clients were told
         # No memory can be allocated in a capture; and those that a graph uses are overwritten
         # whenever it runs, so that others must not have them.
         count = 0 if device.type == "cpu" else _GRAPH_HANDLES
         self.graph_handles = [self.buffer._new_handle() for _ in range(count)]
-
-    def outputs_shape(self) -> tuple[int, int, int]:
-        """Return [L, R*M, H]."""
-        buffer = self.buffer
-        rows = buffer.group.rank_count * buffer.max_tokens
-        return buffer.local_experts, rows, buffer.hidden
 
     def dispatch(
         self, x: Any, topk_idx: Any, quant: Any, terms: Terms, then: Then | None = None
@@ -183,11 +187,11 @@ class Core:
         """Dispatch; the result's src_info keeps the Route. ``then`` says what follows."""
         with self.lock:
             self.receive_dropped()
-            route = Route(self, self._handle_for_graph(), tuple(topk_idx.shape))
+            route = Route(self, self._handle_for_graph(), topk_idx.shape)
             stream = self._stream(terms.mode)
             send_only: Any = terms.mode is Mode.HOOK
-            result = _heard(
-                lambda: self.buffer.dispatch(
+            try:
+                result = self.buffer.dispatch(
                     x,
                     topk_idx,
                     quant=quant,
@@ -197,8 +201,9 @@ class Core:
                     stream=native(stream),
                     send_only=send_only,
                 )
-            )
-            given: Dispatched = result._result if terms.mode is Mode.HOOK else result
+            except PeerFailedError as error:
+                result = _without_peer(error)
+            given: Dispatched = result._result if send_only else result
             route.handle = given.handle
             # So any tuple that has this tensor in it finds the way back, and memory is free once
             # the tensor is.
@@ -223,8 +228,9 @@ class Core:
         with self.lock:
             self.receive_dropped()
             stream = self._stream(terms.mode)
-            result = _heard(
-                lambda: self.buffer.combine(
+            send_only = terms.mode is Mode.HOOK
+            try:
+                result = self.buffer.combine(
                     x,
                     route.handle,
                     topk_weights,
@@ -232,10 +238,11 @@ class Core:
                     active_ranks=terms.active_ranks,
                     timeout_s=terms.timeout_s,
                     stream=native(stream),
-                    send_only=terms.mode is Mode.HOOK,
+                    send_only=send_only,
                 )
-            )
-            sums = result._result if terms.mode is Mode.HOOK else result
+            except PeerFailedError as error:
+                result = _without_peer(error)
+            sums = result._result if send_only else result
             event, hook = self._finish(
                 terms, Sent(result, stream, route, after), (x, topk_weights, sums)
             )
@@ -244,8 +251,11 @@ class Core:
     def receive(self, sent: Sent) -> None:
         """Receive a round that was sent. With the lock held."""
         stream = self.streams.again(sent.stream)
-        _heard(lambda: sent.pending.receive(native(stream)))
-        _follow(stream, sent.after)
+        try:
+            sent.pending.receive(native(stream))
+        except PeerFailedError as error:
+            _without_peer(error)
+        self._follow(stream, sent.after)
         self.streams.done(stream)
 
     def receive_dropped(self) -> None:
@@ -274,7 +284,7 @@ class Core:
         if terms.mode is Mode.HOOK:
             self.streams.done(stream)
             return EventOverlap(), Hook(self, sent)
-        _follow(stream, after)
+        self._follow(stream, after)
         self.streams.done(stream)
         if terms.mode is Mode.NOW or stream is None:
             return EventOverlap(), None
@@ -283,20 +293,16 @@ class Core:
                 tensor.record_stream(stream)  # it came from the memory of another one
         return EventOverlap(EventHandle(stream)), None
 
+    def _follow(self, stream: Any, after: After | None) -> None:
+        """Do what follows a round, on its stream."""
+        if after is not None:
+            with self.streams.on(stream):
+                after.run()
 
-def _follow(stream: Any, after: After | None) -> None:
-    """Do what follows a round, on its stream."""
-    if after is not None:
-        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-            after.run()
 
-
-def _heard(call: Callable[[], Any]) -> Any:
-    """Make a call; a rank that was lost is no error in these APIs, which have a mask for it."""
-    try:
-        return call()
-    except PeerFailedError as error:
-        _log.warning("%s", error)
-        if error.result is None:
-            raise
-        return error.result
+def _without_peer(error: PeerFailedError) -> Any:
+    """Return what a call has given; a lost rank is no error in these APIs, which have a mask."""
+    _log.warning("%s", error)
+    if error.result is None:
+        raise error
+    return error.result

@@ -19,8 +19,10 @@ class EventHandle:
     def __init__(self, stream: Any = None) -> None:
         """Record what is queued on ``stream``, a torch.cuda.Stream; None: the current one."""
         self._event: Any = None
-        if torch.cuda.is_available():
-            self._event = (stream or torch.cuda.current_stream()).record_event()
+        if stream is None and torch.cuda.is_available():
+            stream = torch.cuda.current_stream()
+        if stream is not None:
+            self._event = stream.record_event()
 
     def current_stream_wait(self) -> None:
         """Let the current stream wait for it; the host does not."""

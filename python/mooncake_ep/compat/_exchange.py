@@ -72,19 +72,15 @@ class Exchange:
         for shape in known[0]["shapes"]:
             self.cores.append(Core(self.group, Shape(**shape), self.device))
 
-    def core(self, x: Any, max_tokens: int, experts: int, topk: int) -> Core:
+    def core(
+        self, device: torch.device, max_tokens: int, hidden: int, experts: int, topk: int
+    ) -> Core:
         """Find the core buffer for a round, or make it: then the call is collective."""
         self._check_open()
-        if x.device != self.device:
-            self._move(x.device)
-        hidden = int(x.shape[1])
+        if device != self.device:
+            self._move(device)
         for core in self.cores:
-            shape = core.shape
-            if (shape.max_tokens, shape.hidden, shape.experts) == (
-                max_tokens,
-                hidden,
-                experts,
-            ) and (topk <= shape.topk):
+            if core.shape.serves(max_tokens, hidden, experts, topk):
                 return core
         if self.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -118,17 +114,17 @@ class Exchange:
             if route.combine_buffer is None:
                 raise ValueError("zero_copy: no combine buffer of this handle was asked for before")
             x = route.combine_buffer
-        check.tensor("x", x, (torch.bfloat16,), route.core.outputs_shape(), route.core.device)
+        check.tensor("x", x, check.BFLOAT16, route.core.outputs_shape, route.core.device)
         return x
 
     def weights(self, route: Route, topk_idx: Any, topk_weights: Any, out: Any) -> None:
         """Check the other tensors of a combine."""
         device = route.core.device
-        check.tensor("topk_idx", topk_idx, (torch.int64, torch.int32), route.shape)
-        check.tensor("topk_weights", topk_weights, (torch.float32,), route.shape, device)
+        check.tensor("topk_idx", topk_idx, check.INTEGERS, route.shape)
+        check.tensor("topk_weights", topk_weights, check.FLOAT32, route.shape, device)
         if out is not None:
             shape = (route.shape[0], route.core.shape.hidden)
-            check.tensor("out", out, (torch.bfloat16,), shape, device)
+            check.tensor("out", out, check.BFLOAT16, shape, device)
 
     def by_engine(self) -> bool:
         """Tell whether rows to some rank do not go through its memory."""

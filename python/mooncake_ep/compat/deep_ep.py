@@ -216,23 +216,23 @@ class Buffer:
         experts = check.experts("num_experts", num_experts, self.group_size)
         mode = Mode.of(async_finish, return_recv_hook)
         _check_scales(use_fp8, round_scale, use_ue8m0)
-        check.tokens(x, tokens, use_fp8)
-        if use_ue8m0 and x.shape[1] % _CHANNELS_OF_PACK:
+        rows, hidden = check.tokens(x, tokens, use_fp8)
+        if use_ue8m0 and hidden % _CHANNELS_OF_PACK:
             rule = f"is not a multiple of {_CHANNELS_OF_PACK} with use_ue8m0"
-            raise ValueError(f"x: hidden {x.shape[1]} {rule}")
-        check.choices(topk_idx, x.shape[0], x.device)
+            raise ValueError(f"x: hidden {hidden} {rule}")
+        topk = check.choices(topk_idx, rows, x.device)
         stats = cumulative_local_expert_recv_stats
         local = (experts // self.group_size,)
         _check_stats("cumulative_local_expert_recv_stats", stats, torch.int32, local, x)
         cost = dispatch_wait_recv_cost_stats
         _check_stats("dispatch_wait_recv_cost_stats", cost, torch.int64, (self.group_size,), x)
-        core = self._exchange.core(x, tokens, experts, topk_idx.shape[1])
+        core = self._exchange.core(x.device, tokens, hidden, experts, topk)
         packed = _Packed(core) if use_ue8m0 else None
         quant = None if not use_fp8 else "fp8_pow2" if round_scale else "fp8"
         given, event, hook = core.dispatch(
             x, topk_idx, quant, self._terms(mode), self._then(core, stats, cost, packed)
         )
-        handle = (given.src_info, given.layout_range, tokens, x.shape[1], experts)
+        handle = (given.src_info, given.layout_range, tokens, hidden, experts)
         scales = given.scales if packed is None else packed.scales
         recv_x = given.x if scales is None else (given.x, scales)
         return recv_x, given.count, handle, event, hook
@@ -392,7 +392,7 @@ class _Packed:
 
     def __init__(self, core: Core) -> None:
         """Allocate them for what a core buffer gives."""
-        local, rows, hidden = core.outputs_shape()
+        local, rows, hidden = core.outputs_shape
         shape = (local, hidden // _CHANNELS_OF_PACK, rows)
         self._memory = torch.empty(shape, dtype=torch.int32, device=core.device)
         self.scales = self._memory.transpose(1, 2)

@@ -191,19 +191,21 @@ class Buffer:
             RuntimeError: in a graph capture, and such a round was never dispatched before.
         """
         tokens = check.integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
-        experts = check.experts("num_experts", num_experts, self.group_size)
+        rank_count = self._exchange.size
+        experts = check.experts("num_experts", num_experts, rank_count)
         mode = Mode.of(async_finish, return_recv_hook)
         quantized = use_fp8
         if quantized is None:
             on_gpu = isinstance(x, torch.Tensor) and x.device.type != "cpu"
             quantized = on_gpu and gpu_backend() == "cuda"
-        check.tokens(x, tokens, bool(quantized))
-        check.choices(topk_idx, x.shape[0], x.device)
-        check.active_ranks(active_ranks, self.group_size, x.device)
+        rows, hidden = check.tokens(x, tokens, bool(quantized))
+        device = x.device
+        topk = check.choices(topk_idx, rows, device)
+        check.active_ranks(active_ranks, rank_count, device)
         terms = Terms(active_ranks, check.timeout_s(timeout_us), mode)
-        core = self._exchange.core(x, tokens, experts, topk_idx.shape[1])
+        core = self._exchange.core(device, tokens, hidden, experts, topk)
         given, event, hook = core.dispatch(x, topk_idx, "fp8" if quantized else None, terms)
-        handle = (given.src_info, given.layout_range, tokens, x.shape[1], experts)
+        handle = (given.src_info, given.layout_range, tokens, hidden, experts)
         recv_x = given.x if given.scales is None else (given.x, given.scales)
         return recv_x, given.count, handle, event, hook
 
@@ -246,7 +248,7 @@ class Buffer:
         mode = Mode.of(async_finish, return_recv_hook)
         route = self._exchange.route(handle)
         self._exchange.weights(route, topk_idx, topk_weights, out)
-        check.active_ranks(active_ranks, self.group_size, route.core.device)
+        check.active_ranks(active_ranks, self._exchange.size, route.core.device)
         x = self._exchange.outputs(route, x, zero_copy)
         terms = Terms(active_ranks, check.timeout_s(timeout_us), mode)
         return route.core.combine(x, route, topk_weights, out, terms)
