@@ -170,8 +170,8 @@ EP_DEVICE void pause(uint32_t attempt) {
 // microsecond, for the sake of those in which a rank is lost (ARCHITECTURE.md, Failures).
 // What a block has stored that is over takes no millisecond to get to its own device.
 constexpr uint64_t kStoresLandNs = 1'000'000;
-EP_DEVICE void leave(uint64_t *word, uint64_t value) {
-    fetch_add(word, value);
+EP_DEVICE uint64_t leave(uint64_t *word, uint64_t value) {
+    return fetch_add(word, value);
 }
 EP_DEVICE void after_leavers(const uint64_t *word) {
     const uint64_t began_ns = now_ns();

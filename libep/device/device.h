@@ -17,14 +17,11 @@
 //   publish(word, v)             all that this thread stored before is visible to whoever observes
 //                                v in word, also on another device
 //   before_publish<G>()          what any thread of G stored before, counts as stored by all
-//   leave(word, v)               the last that a block does, by one thread, after a barrier: adds
-//   v;
-//                                only where kRolesApart
-//   after_leavers(word)          what blocks of the launch stored that have left, as the sum tells
-//                                which look(word) gave, is there from here on
-//   block_any(v)                 whether v is true on any thread of the block; it is a barrier;
-//   only
-//                                where kRolesApart
+//   block_any(v)                 whether v is true on any thread of the block; a barrier
+//   leave(word, v)               one thread, when its block has stored all that it will, behind
+//                                before_publish<Block>(): fetch_add
+//   after_leavers(word)          what blocks of the launch stored that have left, as look(word)
+//                                or leave(word, v) tells, is there from here on
 //   post(word, v), look(word)    a word that stands for nothing but itself, also between devices;
 //                                what launches before did is ordered
 //   push(at, here, signal, v)    stores a lane's piece of a line (wire/layout.h); `here`: the lane

@@ -298,12 +298,6 @@ inline void bulk_await_written() {
 }
 inline void bulk_after_observe() {}
 
-inline void leave(uint64_t *word, uint64_t value) {
-    __atomic_fetch_add(word, value, __ATOMIC_RELEASE);
-}
-inline void after_leavers(const uint64_t *word) {
-    look(word);
-}
 inline bool block_any(bool value) {
     bulk_await_written();  // what a block that leaves has put lands
     return Block::any(value);

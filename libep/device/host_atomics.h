@@ -29,6 +29,12 @@ inline uint64_t look(const uint64_t *word) {
 inline void publish(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
+inline uint64_t leave(uint64_t *word, uint64_t value) {
+    return __atomic_fetch_add(word, value, __ATOMIC_ACQ_REL);
+}
+inline void after_leavers(const uint64_t *word) {
+    look(word);
+}
 template <class Group>
 void before_publish() {
     Group::sync();

@@ -150,6 +150,23 @@ EP_DEVICE uint64_t observe(const uint64_t *word) {
     return value;
 }
 
+EP_DEVICE bool block_any(bool value) {
+    __shared__ int32_t any;
+    if (Block::rank() == 0) any = 0;
+    Block::sync();
+    if (value) any = 1;
+    Block::sync();
+    const bool found = any != 0;
+    Block::sync();  // before the next one
+    return found;
+}
+EP_DEVICE uint64_t leave(uint64_t *word, uint64_t value) {
+    return fetch_add(word, value);
+}
+EP_DEVICE void after_leavers(const uint64_t *) {
+    __threadfence_system();
+}
+
 EP_DEVICE void after_launches_before() {}  // a launch begins when those before it have ended
 
 // Plain loads, never through `const __restrict__` pointers: those may become loads of constant
@@ -199,9 +216,6 @@ EP_DEVICE void pause(uint32_t) {}  // the only known sleep has no known unit
 // ---- What there is not --------------------------------------------------------------------------
 
 // Kernels with these words are not made for this device, only parsed.
-__device__ void leave(uint64_t *word, uint64_t value);
-__device__ void after_leavers(const uint64_t *word);
-__device__ bool block_any(bool value);
 constexpr int kLineTokenCountMax = 0, kLineChoiceCountMax = 0;
 __device__ void push(char *at, bool here, bool signal, Vector piece);
 template <int kCount>

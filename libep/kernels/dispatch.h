@@ -286,12 +286,10 @@ EP_KERNEL dispatch_kernel(const DispatchArgs a) {
         number_chunk(a, role.sender, sums_of(a, role.sender, shared.count.sums), &shared.count);
     const bool all_came =
         (role.sender < 0 && role.receiver < 0) || move_rows<kCast, kType>(a, epoch, role, &shared);
-    if constexpr (kRolesApart)
-        if (r.receives()) {
-            end_receiving(a, epoch, !all_came, DecidedBegins{r});
-            return;
-        }
-    if (r.sends()) hand_in(&r.state->dispatch_tickets);
+    if (r.receives())
+        end_receiving(a, epoch, !all_came, DecidedBegins{r});
+    else
+        hand_in(&r.state->dispatch_tickets);
 }
 
 // ---- Launching ----------------------------------------------------------------------------------
@@ -323,9 +321,6 @@ int launch_dispatch(DispatchArgs args, Phases phases, const Queue &queue) {
             launch_rows<kCast, kType, BulkRows>(args, phases, queue);
     if (queue.load_only || !moves_in_bulk(queue))
         launch_rows<kCast, kType, LaneRows>(args, phases, queue);
-    if constexpr (!kRolesApart)
-        if (has_phase(phases, Phases::kReceive))
-            launch(leave_out_kernel<DispatchArgs>, args, queue, 1);
     return launch_error();
 }
 

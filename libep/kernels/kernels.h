@@ -36,7 +36,7 @@ struct BufferState {
     uint64_t invalid_expert_ids, invalid_messages;
     uint64_t timeout_ns;  // of rounds that bring none; the host may change it at any time
 
-    uint64_t receive_tickets;  // the same of launches that only receive a dispatch
+    uint64_t receive_tickets;  // the same of launches that only receive a dispatch, for themselves
     int32_t repairs;           // 1: a block of the launch has taken on to leave out what was lost
     int32_t reserved;
     uint64_t begun;  // Signal: of the last combine received, all peers have begun it, or are masked

@@ -112,43 +112,57 @@ EP_DEVICE void leave_out_lost(const DispatchArgs &a, uint64_t epoch, const Begin
 
 // ---- When ---------------------------------------------------------------------------------------
 
-// Until every other block of the launch has handed in. All threads.
-EP_DEVICE void await_other_blocks(const uint64_t *tickets) {
-    const auto all_left = [&] {
-        return (look(tickets) + tickets_of_block()) % BufferState::kTicketsOfRound == 0;
-    };
-    for (uint32_t attempt = 0; !all_left(); ++attempt)
-        pause(attempt);
-    after_leavers(tickets);
+EP_DEVICE bool has_lost(const Round &r, uint64_t epoch) {
+    bool any = false;
+    for (int source = 0; source < r.layout.shape.rank_count; ++source)
+        any = any || is_lost(r, epoch, source);
+    return any;
 }
 
-// Ends a block of a launch that receives, where blocks run beside each other. Of those in which a
-// thread has `missed` a message, one waits for all others.
+// Whether all tickets of a launch have been handed in, where each launch hands in kTicketsOfRound.
+EP_DEVICE bool are_all(uint64_t tickets) {
+    return tickets % BufferState::kTicketsOfRound == 0;
+}
+
+// Ends a block of a launch that receives, where blocks run beside each other, and nobody shall wait
+// for the answer to a ticket: of those in which a thread has `missed` a message, one waits for all
+// others.
+template <class Begins>
+EP_DEVICE void end_beside_others(const DispatchArgs &a, uint64_t epoch, uint64_t *tickets,
+                                 bool missed, const Begins &begins) {
+    BufferState *state = a.round.state;
+    const uint64_t mine = tickets_of_block();
+    if (block_any(missed) && block_any(Block::rank() == 0 && swap(&state->repairs, 1) == 0)) {
+        for (uint32_t attempt = 0; !are_all(look(tickets) + mine); ++attempt)
+            pause(attempt);
+        after_leavers(tickets);
+        leave_out_lost(a, epoch, begins);
+        Block::sync();
+        if (Block::rank() == 0) store(&state->repairs, 0);  // nobody else asks in this launch
+    }
+    if (Block::rank() == 0) leave(tickets, mine);
+}
+
+// The same elsewhere: the last block looks whether one has.
+template <class Begins>
+EP_DEVICE void end_among_others(const DispatchArgs &a, uint64_t epoch, uint64_t *tickets,
+                                const Begins &begins) {
+    const uint64_t mine = tickets_of_block();
+    before_publish<Block>();
+    if (!block_any(Block::rank() == 0 && are_all(leave(tickets, mine) + mine))) return;
+    after_leavers(tickets);
+    if (has_lost(a.round, epoch)) leave_out_lost(a, epoch, begins);
+}
+
 template <class Begins>
 EP_DEVICE void end_receiving(const DispatchArgs &a, uint64_t epoch, bool missed,
                              const Begins &begins) {
     const Round &r = a.round;
     uint64_t *tickets = r.sends() ? &r.state->dispatch_tickets : &r.state->receive_tickets;
-    if (block_any(missed) && block_any(Block::rank() == 0 && swap(&r.state->repairs, 1) == 0)) {
-        await_other_blocks(tickets);
-        leave_out_lost(a, epoch, begins);
-        Block::sync();
-        if (Block::rank() == 0) store(&r.state->repairs, 0);  // nobody else asks in this launch
-    }
-    if (Block::rank() == 0) leave(tickets, tickets_of_block());
-}
-
-// Elsewhere it is a launch of one block behind the one that receives.
-template <class Args>  // so that other devices have no such kernel
-EP_KERNEL leave_out_kernel(const Args a) {
-    after_launches_before();
-    const Round &r = a.round;
-    const int ranks = r.layout.shape.rank_count;
-    const uint64_t epoch = r.routing.state->dispatch_epoch;
-    bool any = false;
-    for (int source = 0; source < ranks; ++source)
-        any = any || is_lost(r, epoch, source);
-    if (any) leave_out_lost(a, epoch, DecidedBegins{r});
+    if constexpr (kRolesApart)
+        end_beside_others(a, epoch, tickets, missed, begins);
+    else
+        end_among_others(a, epoch, tickets, begins);
 }
 
 }  // namespace ep::EP_DEVICE_NAMESPACE
