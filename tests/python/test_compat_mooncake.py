@@ -357,7 +357,14 @@ def test_the_size_hint_is_what_the_core_takes() -> None:
         Buffer.get_ep_buffer_size_hint(128, 7167, 2, 256)
 
 
-def test_an_event_may_always_be_waited_for() -> None:
+@pytest.fixture(scope="session")
+def cuda_has_begun() -> None:
+    """Let CUDA open its descriptors, which nobody closes, before a test counts them."""
+    if torch.cuda.is_available():
+        torch.cuda.Event().record()
+
+
+def test_an_event_may_always_be_waited_for(cuda_has_begun: None) -> None:
     for event in (EventOverlap(), EventOverlap(EventHandle())):
         with event as entered:
             entered.current_stream_wait()
