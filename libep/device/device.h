@@ -86,7 +86,7 @@
 // (EP_DEVICE_NAMESPACE), so that one library can hold several devices. A word enters the vocabulary
 // only if every device can keep its whole meaning, or can say that it has it not (kHasBulkCopies,
 // kLineTokenCountMax): there are no no-op stubs. Grid-wide barriers and named barriers are out:
-// order across a grid is the boundary between two kernels.
+// order across a grid is the boundary between two kernels, but for leave().
 #pragma once
 
 #if defined(EP_DEVICE_CUDA)

@@ -170,26 +170,6 @@ TEST_P(CpuKernels, GoOnWithoutARankThatNeverStarts) {
         }
 }
 
-TEST_P(CpuKernels, LeaveOutTheRowsOfARankThatDiesAfterItsCounts) {
-    for (const Journey &journey : kJourneys)
-        for (int dead = 0; dead < 3; ++dead) {
-            Rig rig = rig_of(journey);
-            rig.ranks = 3;
-            rig.experts = 6;
-            rig.threads = 1 + dead;
-            expect_rows_of_lost_are_left_out(rig, dead, true, 950 + dead);
-            if (dead == 2) expect_rows_of_lost_are_left_out(rig, dead, false, 970);
-        }
-}
-
-TEST_P(CpuKernels, KeepEachOtherWhenOneDiesBeforeItsWeights) {
-    Rig rig = shaped(3, 6, 4, 4, 128);
-    rig.weights = Weights::kAtCombine;
-    rig.threads = 2;
-    rig.topk = rig.experts;  // hardly a token that does not go to all
-    expect_survivors_keep_each_other_in_combine(rig, 1, 2, 980);
-}
-
 TEST_P(CpuKernels, CombineWithoutARankThatStopsAfterDispatch) {
     for (int dead = 0; dead < 3; ++dead)
         expect_combine_without(shaped(3, 6, 4, 4, 128), dead, 1000 + dead);
@@ -219,6 +199,28 @@ TEST_P(CpuKernels, CombineTheSameDispatchAgainAndAgain) {
     });
     expect_right(fleet, kept);
     expect_right(fleet, other);
+}
+
+// At the level of the last test, for they wait long and do the same at each.
+
+TEST(CpuKernelsOfAnyLevel, LeaveOutTheRowsOfARankThatDiesAfterItsCounts) {
+    for (size_t i = 0; i < std::size(kJourneys); ++i)
+        for (int dead = 0; dead < 3; ++dead) {
+            Rig rig = rig_of(kJourneys[i]);
+            rig.ranks = 3;
+            rig.experts = 6;
+            rig.threads = 1 + dead;
+            expect_rows_of_lost_are_left_out(rig, dead, true, 950 + dead);
+            if (dead == 2 && i % 4 == 0) expect_rows_of_lost_are_left_out(rig, dead, false, 970);
+        }
+}
+
+TEST(CpuKernelsOfAnyLevel, KeepEachOtherWhenOneDiesBeforeItsWeights) {
+    Rig rig = shaped(3, 6, 4, 4, 128);
+    rig.weights = Weights::kAtCombine;
+    rig.threads = 2;
+    rig.topk = rig.experts;  // hardly a token that does not go to all
+    expect_survivors_keep_each_other_in_combine(rig, 1, 2, 980);
 }
 
 // All levels of this machine, over rows of every type.
