@@ -324,8 +324,10 @@ typedef struct mep_group_config {
     int32_t device_id;  /**< of that backend; 0 on the CPU */
     /** 1: reach no peer's memory, as if there were no way to it; also MOONCAKE_EP_DISABLE_P2P=1 */
     int32_t disable_p2p;
-    /** of a call of set-up, all its waits together, and of each wait for another rank in rounds;
-     * 0: 100 s; -1: never */
+    /** of a call of set-up, all its waits together, and of each wait for another rank in rounds
+     * (where it can wait for a third: a sixteenth more; rows are due an eighth, weights and sums a
+     * sixteenth before, so that who waits in vain is in time with what comes next); 0: 100 s; -1:
+     * never */
     int64_t timeout_us;
     mep_all_gather_callback_t all_gather;
     void *all_gather_context; /**< passed to all_gather */
@@ -572,7 +574,7 @@ typedef struct mep_peer_counters {
     uint32_t struct_size;
     uint32_t reserved;
     uint64_t rows_sent;     /**< by dispatch; a token at two experts there is two rows */
-    uint64_t rows_received; /**< by dispatch, as the peer's counts say */
+    uint64_t rows_received; /**< by dispatch; not those that were lost with a peer */
     /**
      * In microseconds: how long this rank was ready and the peer was not, in dispatch until its
      * counts came and in combine until it began. The rank that all others wait for is a straggler.

@@ -166,20 +166,6 @@ EP_DEVICE void pause(uint32_t attempt) {
     if (attempt > 16) __nanosleep(64);
 }
 
-// A release here would make every launch longer by the time that its last stores take, half a
-// microsecond, for the sake of those in which a rank is lost (ARCHITECTURE.md, Failures).
-// What a block has stored that is over takes no millisecond to get to its own device.
-constexpr uint64_t kStoresLandNs = 1'000'000;
-EP_DEVICE uint64_t leave(uint64_t *word, uint64_t value) {
-    return fetch_add(word, value);
-}
-EP_DEVICE void after_leavers(const uint64_t *word) {
-    const uint64_t began_ns = now_ns();
-    while (now_ns() - began_ns < kStoresLandNs)
-        __nanosleep(1000);
-    observe<Thread>(word);  // nothing that this multiprocessor has cached of it is used
-}
-
 // Of rows that this multiprocessor does not use itself: they stay out of its cache.
 EP_DEVICE Vector pass_load(const Vector *from) {
     Vector value;
@@ -257,6 +243,21 @@ EP_DEVICE void bulk_await_written() {
 }
 EP_DEVICE void bulk_after_observe() {
     EP_SM90("fence.proxy.async.global;" :: : "memory");
+}
+
+// A release here would make every launch longer by the time that its last stores take, half a
+// microsecond, for the sake of those in which a rank is lost (ARCHITECTURE.md, Failures).
+// What a block has stored that is over takes no millisecond to get to its own device.
+constexpr uint64_t kStoresLandNs = 1'000'000;
+EP_DEVICE uint64_t leave(uint64_t *word, uint64_t value) {
+    return fetch_add(word, value);
+}
+EP_DEVICE void after_leavers(const uint64_t *word) {
+    const uint64_t began_ns = now_ns();
+    while (now_ns() - began_ns < kStoresLandNs)
+        __nanosleep(1000);
+    bulk_await_written();   // what this thread has put itself
+    observe<Thread>(word);  // nothing that this multiprocessor has cached of it is used
 }
 
 // Two floats to bf16 or fp16, the first in the low half.

@@ -2,8 +2,8 @@
 // sums those. One launch, whose blocks have roles (before it another, if weights come only now:
 // owners push them to where their tokens are):
 //
-//   counter    tells every peer that this rank has begun the round, and waits until all have (see
-//              ARCHITECTURE.md, reuse of slots)
+//   counter    tells every peer that this rank has begun the round, and at the end waits until
+//              all have (see ARCHITECTURE.md, reuse of slots)
 //   senders    for each token received: weigh and sum its rows, one row to its owner
 //   receivers  for each own token: wait for the rows of its ranks, and sum them in rank order
 //
@@ -154,7 +154,7 @@ EP_DEVICE void receive_token(const CombineArgs &a, Adder<Sums> *adder, const Wai
 template <Element kType, Element kPartial, class Sums>
 EP_DEVICE void receive_tokens(const CombineArgs &a, Adder<Sums> *adder, uint64_t epoch,
                               const Role &role) {
-    const Wait wait = wait_for_sums(a);
+    const Wait wait(a.round, a.topk_weights != nullptr);
     const int warps = Warp::count_in_block();
     for (int token = role.receiver * warps + Warp::index_in_block(); token < a.round.token_count;
          token += role.receiver_count * warps)
@@ -174,8 +174,8 @@ EP_KERNEL combine_kernel(const CombineArgs a) {
     Adder<Sums> adder{Sums(&shared.sums[warp]), &shared.parts[warp]};
     if (role.counts && r.sends()) tell_peers(r, epoch);
     if (role.sender >= 0 && r.sends()) send_partials<kType, kPartial>(a, &adder, epoch, role);
-    if (role.counts && r.receives()) await_arrivals(r, epoch);
     if (role.receiver >= 0 && r.receives()) receive_tokens<kType, kPartial>(a, &adder, epoch, role);
+    if (role.counts && r.receives()) await_arrivals(r, epoch);
     if (r.sends()) hand_in(&r.state->combine_tickets);
 }
 

@@ -202,7 +202,7 @@ EP_DEVICE void combine_parts(const CombineArgs &a, uint64_t epoch, const Role &r
     const int block = sends ? role.sender : role.receiver;
     const int blocks = sends ? role.sender_count : role.receiver_count;
     const int warps = Warp::count_in_block();
-    const Wait wait = sends ? Wait(r) : wait_for_sums(a);
+    const Wait wait(r, !sends && a.topk_weights != nullptr);
     EP_ROLLED
     for (int i = Warp::index_in_block() * blocks + block; i < items; i += blocks * warps) {
         const int message = r.parts.quotient(i);

@@ -44,6 +44,16 @@ struct Mover {
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
+// Copies the scales of a row to its targets.
+EP_DEVICE void put_scales(const float *scales, int64_t stride, int group_count, int count,
+                          const Target *to) {
+    for (int g = Warp::rank(); g < group_count; g += Warp::size()) {
+        const float scale = scales[g * stride];
+        for (int i = 0; i < count; ++i)
+            if (to[i].row != nullptr) to[i].scales[g * to[i].scale_stride] = scale;
+    }
+}
+
 // Copies or casts a token's row to its targets.
 template <bool kCast, Element kType, class Rows>
 EP_DEVICE void put_row(const DispatchArgs &a, Rows *rows, int token, int count, const Target *to) {

@@ -547,7 +547,7 @@ EP_DEVICE bool move_parts(const DispatchArgs &a, uint64_t epoch, const LineBlock
     int item = chunk.warp;
     // From the last warp on: the first have own tokens.
     int message = (Warp::count_in_block() - 1 - Warp::index_in_block()) * block.count + block.index;
-    const Wait wait(r);
+    Wait wait(r);
     RowPart<kCast, kType> row{};
     bool all_came = true;
     EP_ROLLED
@@ -563,7 +563,10 @@ EP_DEVICE bool move_parts(const DispatchArgs &a, uint64_t epoch, const LineBlock
         if (sends && is_own && Warp::rank() < r.topk)
             expert = topk_idx_at(a, token * r.topk + Warp::rank());
         if (is_own && !sends) weight = lane_weight(a, token);
-        if (first) begin_block(a, epoch, block, chunk, shared);
+        if (first) {
+            begin_block(a, epoch, block, chunk, shared);
+            wait.began_ns = now_ns();  // it is decided whose tokens count
+        }
         LaneEntry entry{};
         if (is_own) {
             row.finish(a, part);

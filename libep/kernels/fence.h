@@ -18,7 +18,8 @@ struct FenceArgs {
     static constexpr int kOperation = std::is_same_v<Args, CombineArgs>;  // of Layout::fence
 
     Round round;
-    bool tells;  // or waits
+    bool tells;     // or waits
+    bool may_wait;  // peers, for weights, before they tell
 };
 
 // Until the source has sent the round, is masked, or misses the deadline, which masks it.
@@ -37,7 +38,7 @@ EP_KERNEL phase_fence_kernel(const FenceArgs<Args> a) {
     const Round &r = a.round;
     const HandleState &sent = *r.routing.state;
     const uint64_t epoch = kOperation == 0 ? sent.dispatch_epoch : sent.combine_epoch;
-    const Wait wait(r);
+    const Wait wait(r, a.may_wait);
     for (int peer = grid_index<Thread>(); peer < r.layout.shape.rank_count;
          peer += grid_count<Thread>()) {
         // What an engine carries is in the order of the stream anyway.
@@ -56,7 +57,9 @@ void fence_phase(const Args &args, Phases phase, const Queue &queue) {
     if constexpr (kFencesPhases) {
         const bool alone = args.round.layout.shape.rank_count == 1;
         if (!phase_fence || !queue.fences_phases || alone) return;
-        const FenceArgs<Args> fence{args.round, phase == Phases::kSend};
+        FenceArgs<Args> fence{args.round, phase == Phases::kSend, false};
+        if constexpr (std::is_same_v<Args, CombineArgs>)
+            fence.may_wait = args.topk_weights != nullptr;
         launch(phase_fence_kernel<Args>, fence, queue, 1);
     }
 }

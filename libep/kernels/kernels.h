@@ -39,7 +39,6 @@ struct BufferState {
     uint64_t receive_tickets;  // the same of launches that only receive a dispatch, for themselves
     int32_t repairs;           // 1: a block of the launch has taken on to leave out what was lost
     int32_t reserved;
-    uint64_t begun;  // Signal: of the last combine received, all peers have begun it, or are masked
 
     static constexpr int kIncidentsKept = 64;
     uint64_t incident_count;

@@ -59,21 +59,45 @@ EP_DEVICE void renumber_rows(const Round &r, uint64_t epoch, const Begins &begin
     }
 }
 
-// To a row before it, which is not needed any more. One warp; of any two rows, a lane reads and
-// writes the same places.
-EP_DEVICE void move_row(const DispatchArgs &a, int32_t from, int32_t to) {
-    constexpr int kLoads = 4;
-    const Target source = place_of(a, from), target = place_of(a, to);
+// Moves `count` rows from one place down to another, by the whole block, several rows at once. Of
+// any two rows a thread reads and writes the same places, so that none has to wait for another.
+EP_DEVICE void move_rows_down(const DispatchArgs &a, int32_t from, int32_t to, int count) {
+    constexpr int kRows = kWarpSize == 1 ? 1 : 4;
     const Element type = a.out_type();
-    fan_out<Warp, kLoads>(
-        1, [&](int) { return target.row; }, source.row,
-        size_t(a.round.hidden) * element_bytes(type), a.round.caching);
-    if (type == Element::kFp8)
-        put_scales(source.scales, source.scale_stride, a.round.hidden / kScaleGroup, 1, &target);
-    if (Warp::rank() == 0 && a.out_src_info != nullptr) a.out_src_info[to] = a.out_src_info[from];
+    const int vectors =
+        static_cast<int>(size_t(a.round.hidden) * element_bytes(type) / sizeof(Vector));
+    for (int first = 0; first < count; first += kRows)
+        for (int v = Block::rank(); v < vectors; v += Block::size()) {
+            Vector loaded[kRows] = {};
+            EP_UNROLL
+            for (int i = 0; i < kRows; ++i)
+                if (first + i < count)
+                    loaded[i] = reinterpret_cast<Vector *>(place_of(a, from + first + i).row)[v];
+            EP_UNROLL
+            for (int i = 0; i < kRows; ++i)
+                if (first + i < count)
+                    reinterpret_cast<Vector *>(place_of(a, to + first + i).row)[v] = loaded[i];
+        }
+    const int groups = type == Element::kFp8 ? a.round.hidden / kScaleGroup : 0;
+    for (int i = 0; i < count; ++i) {
+        const Target source = place_of(a, from + i), target = place_of(a, to + i);
+        for (int g = Block::rank(); g < groups; g += Block::size())
+            target.scales[g * target.scale_stride] = source.scales[g * source.scale_stride];
+    }
 }
 
-// One warp.
+// The same of what out_src_info says of them.
+EP_DEVICE void move_sources_down(int32_t *tokens, int32_t from, int32_t to, int count) {
+    for (int first = 0; first < count; first += Block::size()) {
+        const int i = first + Block::rank();
+        const int32_t token = i < count ? tokens[from + i] : 0;
+        Block::sync();
+        if (i < count) tokens[to + i] = token;
+        Block::sync();
+    }
+}
+
+// The whole block.
 template <class Begins>
 EP_DEVICE void close_gaps(const DispatchArgs &a, uint64_t epoch, int expert, const Begins &begins) {
     const Round &r = a.round;
@@ -83,16 +107,19 @@ EP_DEVICE void close_gaps(const DispatchArgs &a, uint64_t epoch, int expert, con
     for (int source = 0; source < ranks; ++source) {
         const int begin = begins(expert, source), told = begins(expert, source + 1) - begin;
         const int count = is_lost(r, epoch, source) ? 0 : told;
-        for (int i = 0; i < count && begin != at; ++i)
-            move_row(a, first + begin + i, first + at + i);
-        if (Warp::rank() == 0) {
+        if (begin != at) {
+            move_rows_down(a, first + begin, first + at, count);
+            if (a.out_src_info != nullptr)
+                move_sources_down(a.out_src_info, first + begin, first + at, count);
+        }
+        if (Block::rank() == 0) {
             count_received(r, source, count - told);
             if (a.out_layout_range != nullptr)
                 a.out_layout_range[size_t(expert) * ranks + source] = int64_t{at} << 32 | count;
         }
         at += count;
     }
-    if (Warp::rank() != 0) return;
+    if (Block::rank() != 0) return;
     a.out_count[expert] = at;
     count_expert(r, expert, at - begins(expert, ranks));
 }
@@ -102,8 +129,7 @@ template <class Begins>
 EP_DEVICE void leave_out_lost(const DispatchArgs &a, uint64_t epoch, const Begins &begins) {
     const Round &r = a.round;
     renumber_rows(r, epoch, begins);
-    for (int expert = Warp::index_in_block(); expert < r.layout.local_expert_count;
-         expert += Warp::count_in_block())
+    for (int expert = 0; expert < r.layout.local_expert_count; ++expert)
         close_gaps(a, epoch, expert, begins);
     for (int source = Block::rank(); source < r.layout.shape.rank_count; source += Block::size())
         if (is_lost(r, epoch, source))

@@ -28,16 +28,6 @@ EP_DEVICE Target place_of(const DispatchArgs &a, int32_t row) {
             a.out_scales.group_stride};
 }
 
-// Copies the scales of a row to its targets.
-EP_DEVICE void put_scales(const float *scales, int64_t stride, int group_count, int count,
-                          const Target *to) {
-    for (int g = Warp::rank(); g < group_count; g += Warp::size()) {
-        const float scale = scales[g * stride];
-        for (int i = 0; i < count; ++i)
-            if (to[i].row != nullptr) to[i].scales[g * to[i].scale_stride] = scale;
-    }
-}
-
 // How many entries a message says it has; -1 if it cannot have so many.
 EP_DEVICE int entry_count(const Round &r, uint64_t signal) {
     const int count = Signal::value(signal);

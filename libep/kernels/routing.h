@@ -3,6 +3,7 @@
 
 #include "device/device.h"
 #include "kernels/kernels.h"
+#include "kernels/ways.h"
 
 namespace ep::EP_DEVICE_NAMESPACE {
 
@@ -169,17 +170,52 @@ EP_DEVICE uint64_t timeout_of(const Round &r) {
     return r.timeout_ns == Round::kOfBuffer ? look(&r.state->timeout_ns) : r.timeout_ns;
 }
 
-// Waits of one block; their deadline counts from its start. Or from when a word, `ready`, is of the
-// round, if what is waited for may itself have waited until then for a rank that is lost; but not
-// from later than a whole timeout after the start.
+// Have all members begun this combine? Each has stored its weights before it tells, so then nobody
+// waits for those of a lost rank.
+EP_DEVICE bool has_begun(const Round &r, uint64_t epoch, int peer) {
+    return Signal::is_of(look(words_from(r, Cargo::kPartials, epoch, peer)), epoch);
+}
+EP_DEVICE bool have_all_begun(const Round &r, uint64_t epoch) {
+    for (int peer = 0; peer < r.layout.shape.rank_count; ++peer)
+        if (peer != r.rank && load(&r.members[peer]) != 0 &&
+            !(is_active(r, peer) && has_begun(r, epoch, peer)))
+            return false;
+    return true;
+}
+
+// Has this rank masked one in this combine?
+EP_DEVICE bool has_masked_one(const Round &r, uint64_t epoch) {
+    const uint64_t count = look(&r.state->incident_count);
+    if (count == 0) return false;
+    const Incident &newest = r.state->incidents[(count - 1) % BufferState::kIncidentsKept];
+    if (observe<Thread>(&newest.number) != count) return true;  // it is being written
+    return newest.epoch == epoch && newest.awaited != Awaited::kCounts &&
+           newest.awaited != Awaited::kRows;
+}
+
+// Waits of one block; their deadline counts from its start. With `may_wait`, what is waited for may
+// itself wait for a third rank: sums for the weights of this combine.
 struct Wait {
     const Round &round;
+    bool may_wait;
     uint64_t began_ns;
-    const uint64_t *ready;
-    mutable uint64_t held_ns = 0;  // how long the word has kept the deadline from counting
 
-    EP_DEVICE explicit Wait(const Round &r, const uint64_t *ready_word = nullptr)
-        : round(r), began_ns(now_ns()), ready(ready_word) {}
+    EP_DEVICE explicit Wait(const Round &r, bool may_wait_itself = false)
+        : round(r), may_wait(may_wait_itself), began_ns(now_ns()) {}
+
+    // Who waits in vain shall not be late with what others wait for next: so rows are due a while
+    // before weights and sums, these before what tells of a begin, and after that what waits
+    // itself.
+    EP_DEVICE bool is_late(uint64_t epoch, int source, Awaited awaited, uint64_t waited_ns) const {
+        constexpr int kMargins = 16;  // of the timeout
+        const uint64_t timeout_ns = timeout_of(round), margin_ns = timeout_ns / kMargins;
+        const bool ends_early = awaited == Awaited::kWeights || awaited == Awaited::kSums;
+        const int early = awaited == Awaited::kRows ? 2 : ends_early ? 1 : 0;
+        if (waited_ns <= timeout_ns - early * margin_ns) return false;
+        if (!may_wait || have_all_begun(round, epoch)) return true;
+        if (!has_begun(round, epoch, source)) return waited_ns > timeout_ns;
+        return waited_ns > timeout_ns + (has_masked_one(round, epoch) ? timeout_ns : margin_ns);
+    }
 
     // Until `source` has published a word of this epoch. False if it is masked, or misses the
     // deadline, which masks it. The whole group gets the same answer.
@@ -216,17 +252,15 @@ struct Wait {
     // may have overwritten.
     template <class Group>
     EP_DEVICE bool lapse(uint64_t epoch, int source, Awaited awaited, uint32_t attempt) const {
-        bool is_late = false;
+        bool late = false;
         if (clock_is_due(attempt) && Group::rank() == 0) {
-            const uint64_t waited_ns = now_ns() - began_ns, timeout_ns = timeout_of(round);
-            if (ready != nullptr && !Signal::is_of(look(ready), epoch))
-                held_ns = waited_ns < timeout_ns ? waited_ns : timeout_ns;
-            is_late = waited_ns - held_ns > timeout_ns;
-            if (is_late && source != round.rank)
+            const uint64_t waited_ns = now_ns() - began_ns;
+            late = is_late(epoch, source, awaited, waited_ns);
+            if (late && source != round.rank)
                 mask(round, {0, epoch, waited_ns, source, awaited, 0, 0});
         }
         pause(attempt);
-        return is_late;
+        return late;
     }
 };
 

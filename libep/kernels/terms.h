@@ -116,7 +116,7 @@ EP_DEVICE void tell_peers(const Round &r, uint64_t epoch) {
             post(words_to(r, Cargo::kPartials, epoch, peer), Signal::pack(epoch, 0));
 }
 
-// Until every peer has begun the round. A block, which then tells the others of the launch.
+// Until every peer has begun the round.
 EP_DEVICE void await_arrivals(const Round &r, uint64_t epoch) {
     const Wait wait(r);
     drop_absent(r);
@@ -126,15 +126,6 @@ EP_DEVICE void await_arrivals(const Round &r, uint64_t epoch) {
             wait.until_posted(words_from(r, Cargo::kPartials, epoch, peer), epoch, peer,
                               Awaited::kBegin, true, &signal);
     }
-    Block::sync();
-    if (Block::rank() == 0) post(&r.state->begun, Signal::pack(epoch, 0));
-}
-
-// Waits for the sums of peers. Who waits for weights that a lost rank has not sent is late with its
-// sums. A rank begins the round only when it has sent its weights, so from when all have begun,
-// nobody waits for a third.
-EP_DEVICE Wait wait_for_sums(const CombineArgs &a) {
-    return Wait(a.round, a.topk_weights == nullptr ? nullptr : &a.round.state->begun);
 }
 
 }  // namespace ep::EP_DEVICE_NAMESPACE

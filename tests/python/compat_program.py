@@ -113,7 +113,7 @@ def rows_of(recv_x: Any, count: torch.Tensor) -> tuple[torch.Tensor, str]:
 def measure(
     buffer: Any, device: torch.device, shape: argparse.Namespace, mode: str, use_fp8: bool
 ) -> dict[str, Any]:
-    """Do rounds with the same tokens; experts do nothing. The first is checked, the others timed."""
+    """Do rounds with the same tokens, experts doing nothing: one that is checked, others timed."""
     random = torch.Generator().manual_seed(RANK)
     x = torch.randn(shape.tokens, shape.hidden, generator=random).bfloat16().to(device)
     scores = torch.rand(shape.tokens, shape.experts, generator=random)

@@ -201,7 +201,7 @@ TEST_P(CpuKernels, CombineTheSameDispatchAgainAndAgain) {
     expect_right(fleet, other);
 }
 
-// At the level of the last test, for they wait long and do the same at each.
+// At one level, for they wait long and do the same at each.
 
 TEST(CpuKernelsOfAnyLevel, LeaveOutTheRowsOfARankThatDiesAfterItsCounts) {
     for (size_t i = 0; i < std::size(kJourneys); ++i)
@@ -221,6 +221,19 @@ TEST(CpuKernelsOfAnyLevel, KeepEachOtherWhenOneDiesBeforeItsWeights) {
     rig.threads = 2;
     rig.topk = rig.experts;  // hardly a token that does not go to all
     expect_survivors_keep_each_other_in_combine(rig, 1, 2, 980);
+}
+
+TEST(CpuKernelsOfAnyLevel, KeepTheLivingWhenOneDiesWhileItSends) {
+    Rig rig = shaped(3, 6, 4, 6, 128);
+    for (const Weights weights : {Weights::kAtDispatch, Weights::kAtCombine}) {
+        rig.weights = weights;
+        rig.threads = 1;
+        expect_one_deadline(rig, 1300);
+        rig.threads = 2;
+        expect_uneven_rows_keep_the_living(rig, 1310);
+    }
+    expect_uneven_weights_keep_the_living(rig, 1320);
+    expect_uneven_masks_keep_the_living(rig, 1330);
 }
 
 // All levels of this machine, over rows of every type.

@@ -340,6 +340,20 @@ TEST(EmuKernels, KeepEachOtherWhenOneDiesBeforeItsWeights) {
     if (kLines) expect_survivors_keep_each_other_in_combine(by_line(rig), 1, 2, 995);
 }
 
+TEST(EmuKernels, KeepTheLivingWhenOneDiesWhileItSends) {
+    if (kWide) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = small_bf16(Weights::kAtCombine);
+    rig.ranks = 3;
+    rig.experts = rig.topk = 6;
+    rig.hidden = 8;
+    expect_uneven_weights_keep_the_living(rig, 1400);
+    if (emu::kFencesPhases) return;  // phases, that are launches, have a deadline each
+    expect_uneven_masks_keep_the_living(rig, 1410);
+    expect_one_deadline(rig, 1420);
+    rig.weights = Weights::kAtDispatch;
+    expect_uneven_rows_keep_the_living(rig, 1430);
+}
+
 }  // namespace
 
 Kernels kernels_under_test() {
