@@ -410,7 +410,7 @@ inline void expect_one_deadline(Rig rig, uint64_t seed) {
         [&](int rank) {
             while (rank == kLate && std::chrono::steady_clock::now() < late_start)
                 sched_yield();
-            fleet.combine(round.tasks[rank]);
+            fleet.combine_after_weights(round.tasks[rank]);
             if (rank == 0) took = std::chrono::steady_clock::now() - start;
         },
         {kDead});

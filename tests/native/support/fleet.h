@@ -205,6 +205,12 @@ class Fleet {
     void combine(Task &task) {
         kernels_.combine(combine_args(task), Phases::kBoth, queue(task.rank));
     }
+    // The same once send_weights() has been called, by flag.
+    void combine_after_weights(Task &task) {
+        CombineArgs args = combine_args(task);
+        args.weights_are_sent = true;
+        kernels_.combine(args, Phases::kBoth, queue(task.rank));
+    }
     void both(Task &task) {
         dispatch(task);
         combine(task);
