@@ -281,19 +281,23 @@ TEST(EmuKernels, GiveTheSameBitsAtOtherSpeeds) {
     expect_same_bits(small_bf16(Weights::kAtDispatch), 750);
 }
 
-TEST(EmuKernels, GoOnWithoutARankThatNeverStarts) {
-    if (kWide) GTEST_SKIP() << kWhyNotWide;
-    Rig rig = small_bf16(Weights::kNone);
+// ---- Lost ranks ---------------------------------------------------------------------------------
+
+Rig of_three_ranks(Rig rig) {
     rig.ranks = 3;
     rig.experts = 6;
+    return rig;
+}
+
+TEST(EmuKernels, GoOnWithoutARankThatNeverStarts) {
+    if (kWide) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = of_three_ranks(small_bf16(Weights::kNone));
     expect_survivors_go_on(rig, 1, 900);
 }
 
 TEST(EmuKernels, LeaveOutTheRowsOfARankThatDiesAfterItsCounts) {
     if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
-    Rig rig = small_bf16(Weights::kAtDispatch);
-    rig.ranks = 3;
-    rig.experts = 6;
+    Rig rig = of_three_ranks(small_bf16(Weights::kAtDispatch));
     rig.tokens_max = 4;
     if (!kLines) {
         for (const bool in_halves : {false, true})
@@ -303,17 +307,13 @@ TEST(EmuKernels, LeaveOutTheRowsOfARankThatDiesAfterItsCounts) {
     rig = by_line(rig);
     rig.hidden = 512;  // two parts
     expect_rows_of_lost_are_left_out(rig, 1, true, 920);
-    rig = by_line(small(Element::kBf16, Quant::kFp8, Weights::kNone));
-    rig.ranks = 3;
-    rig.experts = 6;
+    rig = by_line(of_three_ranks(small(Element::kBf16, Quant::kFp8, Weights::kNone)));
     expect_rows_of_lost_are_left_out(rig, 0, false, 930);
 }
 
 TEST(EmuKernels, LeaveARankAloneThatIsNotInTheGroup) {
     if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
-    Rig rig = small_bf16(Weights::kAtCombine);
-    rig.ranks = 3;
-    rig.experts = 6;
+    Rig rig = of_three_ranks(small_bf16(Weights::kAtCombine));
     rig.hidden = 8;
     expect_absent_is_left_alone(rig, 1, 970);
     if (kLines) expect_absent_is_left_alone(by_line(rig), 2, 980);
@@ -321,9 +321,7 @@ TEST(EmuKernels, LeaveARankAloneThatIsNotInTheGroup) {
 
 TEST(EmuKernels, KeepEachOtherWhenOneNeverStarts) {
     if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
-    Rig rig = small_bf16(Weights::kNone);
-    rig.ranks = 3;
-    rig.experts = 6;
+    Rig rig = of_three_ranks(small_bf16(Weights::kNone));
     rig.hidden = 8;
     expect_survivors_keep_each_other(rig, 1, 2, 950);
     if (kLines) expect_survivors_keep_each_other(by_line(rig), 1, 2, 960);
@@ -331,9 +329,7 @@ TEST(EmuKernels, KeepEachOtherWhenOneNeverStarts) {
 
 TEST(EmuKernels, KeepEachOtherWhenOneDiesBeforeItsWeights) {
     if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
-    Rig rig = small_bf16(Weights::kAtCombine);
-    rig.ranks = 3;
-    rig.experts = 6;
+    Rig rig = of_three_ranks(small_bf16(Weights::kAtCombine));
     rig.hidden = 8;
     rig.topk = rig.experts;  // hardly a token that does not go to all
     expect_survivors_keep_each_other_in_combine(kLines ? by_line(rig) : rig, 1, 2, 990);
@@ -341,9 +337,8 @@ TEST(EmuKernels, KeepEachOtherWhenOneDiesBeforeItsWeights) {
 
 TEST(EmuKernels, KeepTheLivingWhenOneDiesWhileItSends) {
     if (kWide) GTEST_SKIP() << kWhyNotWide;
-    Rig rig = small_bf16(Weights::kAtCombine);
-    rig.ranks = 3;
-    rig.experts = rig.topk = 6;
+    Rig rig = of_three_ranks(small_bf16(Weights::kAtCombine));
+    rig.topk = rig.experts;
     rig.hidden = 8;
     if (emu::kFencesPhases) {  // which is one more wait
         expect_uneven_weights_keep_the_living(rig, 1400);

@@ -274,6 +274,19 @@ inline void expect_survivors_go_on(Rig rig, int dead, uint64_t seed) {
     expect_right(fleet, next);
 }
 
+// body(rank) on all but the dead; one of them starts so much later.
+template <class Body>
+void run_with_a_late_rank(Fleet &fleet, int late, uint64_t late_ns, int dead, Body body) {
+    const auto late_start = std::chrono::steady_clock::now() + std::chrono::nanoseconds(late_ns);
+    fleet.run(
+        [&](int rank) {
+            while (rank == late && std::chrono::steady_clock::now() < late_start)
+                sched_yield();
+            body(rank);
+        },
+        {dead});
+}
+
 // The same where a launch sends and receives, and a survivor starts late: who waits for the dead
 // rank is late with its own rows, and is not taken for dead for that.
 inline void expect_survivors_keep_each_other(Rig rig, int late, int dead, uint64_t seed) {
@@ -281,15 +294,8 @@ inline void expect_survivors_keep_each_other(Rig rig, int late, int dead, uint64
     rig.timeout_ns = kMediumNs;
     Fleet fleet(rig);
     Round round = fleet.round(seed, std::vector<int>(rig.ranks, rig.tokens_max), {dead});
-    const auto late_start =
-        std::chrono::steady_clock::now() + std::chrono::nanoseconds(kMediumNs / 4);
-    fleet.run(
-        [&](int rank) {
-            while (rank == late && std::chrono::steady_clock::now() < late_start)
-                sched_yield();
-            fleet.both(round.tasks[rank]);
-        },
-        {dead});
+    run_with_a_late_rank(fleet, late, kMediumNs / 4, dead,
+                         [&](int rank) { fleet.both(round.tasks[rank]); });
     expect_masked(fleet, dead);
     expect_right(fleet, round);
 }
@@ -304,15 +310,8 @@ inline void expect_survivors_keep_each_other_in_combine(Rig rig, int late, int d
     fleet.run([&](int rank) { fleet.dispatch(round.tasks[rank]); });
     constexpr uint64_t kTimeoutNs = 2 * kMediumNs;  // a loaded machine takes long for the rest
     fleet.set_timeout_ns(kTimeoutNs);
-    const auto late_start =
-        std::chrono::steady_clock::now() + std::chrono::nanoseconds(kTimeoutNs / 4);
-    fleet.run(
-        [&](int rank) {
-            while (rank == late && std::chrono::steady_clock::now() < late_start)
-                sched_yield();
-            fleet.combine(round.tasks[rank]);
-        },
-        {dead});
+    run_with_a_late_rank(fleet, late, kTimeoutNs / 4, dead,
+                         [&](int rank) { fleet.combine(round.tasks[rank]); });
     expect_masked(fleet, dead);
     round.lost[dead] = 1;
     for (int rank = 0; rank < rig.ranks; ++rank)
@@ -364,15 +363,8 @@ inline void expect_uneven_weights_keep_the_living(Rig rig, uint64_t seed) {
     for (int token = 0; token < rig.tokens_max; ++token)
         *Layout::flag(fleet.layout().weight(fleet.window(kLate), 1, kLate, kDead, token)) = 0;
     fleet.set_timeout_ns(kUnevenNs);
-    const auto late_start =
-        std::chrono::steady_clock::now() + std::chrono::nanoseconds(kUnevenNs / 4);
-    fleet.run(
-        [&](int rank) {
-            while (rank == kLate && std::chrono::steady_clock::now() < late_start)
-                sched_yield();
-            fleet.combine(round.tasks[rank]);
-        },
-        {kDead});
+    run_with_a_late_rank(fleet, kLate, kUnevenNs / 4, kDead,
+                         [&](int rank) { fleet.combine(round.tasks[rank]); });
     expect_the_living_are_kept(fleet, round, kDead);
 }
 
@@ -404,16 +396,11 @@ inline void expect_one_deadline(Rig rig, uint64_t seed) {
         *Layout::flag(fleet.layout().partial(fleet.window(0), 1, 0, kDead, token)) = 0;
     fleet.set_timeout_ns(kUnevenNs);
     const auto start = std::chrono::steady_clock::now();
-    const auto late_start = start + std::chrono::nanoseconds(kUnevenNs / 10 * 8);
     std::chrono::nanoseconds took{};
-    fleet.run(
-        [&](int rank) {
-            while (rank == kLate && std::chrono::steady_clock::now() < late_start)
-                sched_yield();
-            fleet.combine_after_weights(round.tasks[rank]);
-            if (rank == 0) took = std::chrono::steady_clock::now() - start;
-        },
-        {kDead});
+    run_with_a_late_rank(fleet, kLate, kUnevenNs / 10 * 8, kDead, [&](int rank) {
+        fleet.combine_after_weights(round.tasks[rank]);
+        if (rank == 0) took = std::chrono::steady_clock::now() - start;
+    });
     EXPECT_LT(took.count(), int64_t(kUnevenNs / 10 * 14));
     expect_the_living_are_kept(fleet, round, kDead);
 }
