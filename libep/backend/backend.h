@@ -5,12 +5,13 @@
 
 #include "kernels/kernels.h"
 
+#include <functional>
 #include <memory>
 #include <string>
 
 namespace ep {
 
-using DeviceMemory = std::unique_ptr<void, void (*)(void *)>;
+using DeviceMemory = std::unique_ptr<void, std::function<void(void *)>>;
 
 // Says where a window is, to another rank. Plain bytes: it travels.
 struct WindowHandle {

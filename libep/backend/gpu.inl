@@ -6,6 +6,7 @@
 #include "backend/backend.h"
 #include "backend/window_table.h"
 #include "base/host_turn.h"
+#include "base/late_frees.h"
 #include "base/log.h"
 #include "base/status.h"
 
@@ -74,7 +75,8 @@ class DeviceScope {
     DeviceScope(const DeviceScope &) = delete;
     DeviceScope &operator=(const DeviceScope &) = delete;
     ~DeviceScope() {
-        if (previous_ >= 0) EP_GPU(SetDevice)(previous_);
+        // To make a device current is to start it, which costs time and memory.
+        if (previous_ >= 0 && !LateFrees::beside()) EP_GPU(SetDevice)(previous_);
     }
     mep_status_t status() const { return gpu_status(error_, "selecting the device"); }
 
@@ -83,8 +85,12 @@ class DeviceScope {
     GpuError error_ = kGpuSuccess;
 };
 
-void free_device(void *memory) {
-    EP_GPU(Free)(memory);
+// For memory of a device that must not be current where it is freed.
+void free_on(int device, void *memory) {
+    LateFrees::run([device, memory] {
+        const DeviceScope scope(device);
+        EP_GPU(Free)(memory);
+    });
 }
 void free_host(void *memory) {
     EP_GPU(FreeHost)(memory);
@@ -98,10 +104,7 @@ class OwnMapping : public Mapping {
     OwnMapping(char *data, int device) : data_(data), device_(device) {}
     OwnMapping(const OwnMapping &) = delete;
     OwnMapping &operator=(const OwnMapping &) = delete;
-    ~OwnMapping() override {
-        const DeviceScope scope(device_);
-        EP_GPU(Free)(data_);
-    }
+    ~OwnMapping() override { free_on(device_, data_); }
     char *data() const override { return data_; }
 
   private:
@@ -116,26 +119,28 @@ class IpcMapping : public Mapping {
     IpcMapping(const IpcMapping &) = delete;
     IpcMapping &operator=(const IpcMapping &) = delete;
     ~IpcMapping() override {
-        if (closes_in_turn())
-            close_in_turn();
-        else
-            close();
+        LateFrees::run([device = device_, data = data_] {
+            if (closes_in_turn())
+                close_in_turn(device, data);
+            else
+                close(device, data);
+        });
     }
     char *data() const override { return static_cast<char *>(data_); }
 
   private:
-    void close_in_turn() const {
+    static void close_in_turn(int device, void *data) {
         constexpr int64_t kWaitUs = 5'000'000;
         const HostTurn turn{Deadline(kWaitUs)};
         if (turn.has_come())
-            close();
+            close(device, data);
         else
             log(MEP_LOG_WARNING,
                 "the memory of a peer stays mapped until this process ends: no turn to close it");
     }
-    void close() const {
-        const DeviceScope scope(device_);
-        EP_GPU(IpcCloseMemHandle)(data_);
+    static void close(int device, void *data) {
+        const DeviceScope scope(device);
+        EP_GPU(IpcCloseMemHandle)(data);
     }
 
     void *data_;
@@ -189,8 +194,11 @@ class Gpu : public Device {
     Gpu(const Gpu &) = delete;
     Gpu &operator=(const Gpu &) = delete;
     ~Gpu() override {
-        const DeviceScope scope(device_);
-        if (stream_ != nullptr) EP_GPU(StreamDestroy)(stream_);
+        if (stream_ == nullptr) return;
+        LateFrees::run([device = device_, stream = stream_] {
+            const DeviceScope scope(device);
+            EP_GPU(StreamDestroy)(stream);
+        });
     }
 
     mep_status_t start() {
@@ -238,7 +246,7 @@ class Gpu : public Device {
         EP_TRY(scope.status());
         void *data = nullptr;
         EP_TRY_GPU(Malloc(&data, bytes == 0 ? 1 : bytes));
-        *memory = DeviceMemory(data, free_device);
+        *memory = DeviceMemory(data, [device = device_](void *freed) { free_on(device, freed); });
         return clear(data, bytes);
     }
     mep_status_t clear(void *device, size_t bytes) override {
@@ -292,7 +300,11 @@ class Gpu : public Device {
         const DeviceScope scope(device_);
         EP_TRY(scope.status());
         auto created = std::make_unique<GpuWindow>();
-        EP_TRY(created->create(device_, stream_, bytes, sharing));
+        mep_status_t status = created->create(device_, stream_, bytes, sharing);
+        // What an earlier call has left may be going.
+        if (status == MEP_OUT_OF_MEMORY && LateFrees::finish())
+            status = created->create(device_, stream_, bytes, sharing);
+        EP_TRY(status);
         *window = std::move(created);
         return MEP_OK;
     }

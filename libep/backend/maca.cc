@@ -83,7 +83,7 @@ mep_status_t set_clock_once(mcStream_t stream) {
     if (set_devices.count(device) != 0) return MEP_OK;
     void *ticks = nullptr;
     EP_TRY_GPU(Malloc(&ticks, sizeof(uint64_t)));
-    const DeviceMemory memory(ticks, free_device);
+    const DeviceMemory memory(ticks, [](void *freed) { mcFree(freed); });
     EP_TRY(set_clock(stream, static_cast<uint64_t *>(ticks)));
     EP_TRY_GPU(StreamSynchronize(stream));
     set_devices.insert(device);

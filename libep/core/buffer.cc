@@ -1,6 +1,7 @@
 #include "core/buffer.h"
 
 #include "base/env.h"
+#include "base/late_frees.h"
 #include "base/log.h"
 #include "base/status.h"
 
@@ -91,6 +92,7 @@ mep_status_t choose_lines(const Formation &formation, const std::vector<Proposal
 
 mep_status_t Buffer::create(std::shared_ptr<Group> group, const mep_buffer_config_t &config,
                             mep_status_t config_status, std::unique_ptr<Buffer> *buffer) {
+    const LateFrees late_frees;
     std::unique_ptr<Buffer> created(new Buffer);
     created->group_ = std::move(group);
     Group &g = *created->group_;

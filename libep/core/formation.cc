@@ -1,6 +1,7 @@
 #include "core/formation.h"
 
 #include "base/env.h"
+#include "base/late_frees.h"
 #include "base/log.h"
 #include "base/status.h"
 #include "transport/gate.h"
@@ -346,6 +347,12 @@ mep_status_t Formation::gather_rows(const std::vector<Byte> &row, std::vector<By
 }
 
 mep_status_t Formation::all_gather(const void *send, void *receive, size_t bytes) {
+    const mep_status_t status = gather(send, receive, bytes);
+    if (status != MEP_OK) LateFrees::begin();
+    return status;
+}
+
+mep_status_t Formation::gather(const void *send, void *receive, size_t bytes) {
     if (members_.size() == present_.size())
         return bootstrap_->all_gather(send, receive, bytes, deadline());
     std::vector<char> gathered(members_.size() * bytes);

@@ -105,7 +105,7 @@ class Formation {
 
     Deadline deadline() const { return call_.has_value() ? *call_ : Deadline(timeout_us_); }
 
-    // `receive` [rank]: zeros of ranks that are not there.
+    // `receive` [rank]: zeros of ranks that are not there. If it fails, LateFrees begin.
     mep_status_t all_gather(const void *send, void *receive, size_t bytes);
 
     // The same answer on every rank: `mine` if it failed, else the first failure of another rank,
@@ -128,6 +128,7 @@ class Formation {
     void warn_of_threads(int first_sharer) const;
     // Whether P2pGate says who may reach whom.
     bool gated() const { return backend_->id == MEP_BACKEND_MACA; }
+    mep_status_t gather(const void *send, void *receive, size_t bytes);
     // Gathers rank_count() bytes of each rank: [rank][peer].
     template <class Byte>
     mep_status_t gather_rows(const std::vector<Byte> &row, std::vector<Byte> *matrix);

@@ -1,5 +1,6 @@
 #include "core/group.h"
 
+#include "base/late_frees.h"
 #include "base/log.h"
 #include "base/status.h"
 #include "core/buffer.h"
@@ -10,6 +11,7 @@
 namespace ep {
 
 mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Group> *group) {
+    const LateFrees late_frees;
     std::shared_ptr<Group> created(new Group);
     const int32_t backend = config.backend == 0 ? MEP_BACKEND_CPU : config.backend;
     created->backend_ = find_backend(backend);
@@ -63,6 +65,7 @@ mep_status_t Group::update(const mep_group_config_t &given) {
     mep_group_config_t config = given;
     EP_TRY(fill_in(*this, &config));
     const int64_t timeout_us = config.timeout_us == 0 ? timeout_us_.load() : config.timeout_us;
+    const LateFrees late_frees;
     std::unique_ptr<Formation> next;
     EP_TRY(Formation::create(config, *backend_, device_, timeout_us,
                              {formation_->generation(), static_cast<int32_t>(buffers_.size())},

@@ -3,9 +3,11 @@
 
 #include "backend/backend.h"
 #include "base/host_turn.h"
+#include "base/late_frees.h"
 #include "runtime.h"
 
 #include <chrono>
+#include <cstring>
 #include <gtest/gtest.h>
 #include <memory>
 #include <string>
@@ -186,6 +188,100 @@ TEST_F(MacaHost, LeavesAMappingToTheEndIfNoTurnComes) {
     const ep::HostTurn turn{ep::Deadline(ep::kTimeoutNever)};
     mapping.reset();
     EXPECT_EQ(runtime().closed, 0);
+}
+
+// Ranks that say what rank 0 says, but for who they are, until one is lost.
+struct Echo {
+    int rank_count = 1;
+    int left = 1'000'000;  // all-gathers
+    int made = 0;
+
+    static int32_t gather(void *context, const void *send, void *receive, size_t bytes) {
+        Echo &self = *static_cast<Echo *>(context);
+        if (self.left-- == 0) return 1;
+        constexpr size_t kRankOffset = 4;  // in the first
+        for (int rank = 0; rank < self.rank_count; ++rank) {
+            char *said = static_cast<char *>(receive) + rank * bytes;
+            std::memcpy(said, send, bytes);
+            if (self.made == 0) std::memcpy(said + kRankOffset, &rank, sizeof rank);
+        }
+        ++self.made;
+        return 0;
+    }
+    mep_group_config_t config() {
+        mep_group_config_t config{};
+        config.struct_size = sizeof config;
+        config.backend = MEP_BACKEND_MACA;
+        config.all_gather = gather;
+        config.all_gather_context = this;
+        return config;
+    }
+};
+
+// Calls of which each free takes long, as it does where other processes keep the driver busy.
+class MacaHostFreesLate : public MacaHost {
+  protected:
+    static constexpr int kFreeMs = 150;
+    void SetUp() override {
+        MacaHost::SetUp();
+        runtime().device_count = 1;
+        runtime().free_ms = kFreeMs;
+    }
+    // It fails, sooner than one free is done; after a while nothing is left of it.
+    template <class Call>
+    void expect_fast_failure(Call call) {
+        const int allocated_before = mc_shim::allocation_count();
+        const auto began = std::chrono::steady_clock::now();
+        EXPECT_EQ(call(), MEP_BOOTSTRAP_FAILED) << mep_last_error();
+        EXPECT_LT(std::chrono::steady_clock::now() - began, std::chrono::milliseconds(kFreeMs));
+        EXPECT_GT(mc_shim::allocation_count(), allocated_before) << "it had allocated nothing";
+        EXPECT_TRUE(ep::LateFrees::finish());
+        EXPECT_EQ(mc_shim::allocation_count(), allocated_before);
+    }
+};
+
+TEST_F(MacaHostFreesLate, WhatABufferOrAnUpdateHad) {
+    constexpr int kOfABuffer = 5, kOfAnUpdate = 8;  // all-gathers; the last is of what was mapped
+    Echo echo, fails_in_update;
+    mep_group_config_t config = echo.config();
+    config.rank_count = 1;
+    mep_buffer_config_t shape{};
+    shape.struct_size = sizeof shape;
+    shape.token_count_max = 4;
+    shape.hidden = 128;
+    shape.expert_count = 2;
+    shape.topk_max = 1;
+    shape.payload_types = MEP_PAYLOAD_BF16;
+    for (const bool in_update : {false, true}) {
+        mep_group_t *group = nullptr;
+        mep_buffer_t *buffer = nullptr;
+        echo = {};
+        ASSERT_EQ(mep_group_create(&config, &group), MEP_OK) << mep_last_error();
+        if (in_update) {
+            ASSERT_EQ(mep_buffer_create(group, &shape, &buffer), MEP_OK) << mep_last_error();
+            const mep_group_config_t update = fails_in_update.config();
+            fails_in_update.left = kOfAnUpdate - 1;
+            expect_fast_failure([&] { return mep_group_update(group, &update); });
+        } else {
+            echo.left = kOfABuffer - 1;
+            expect_fast_failure([&] { return mep_buffer_create(group, &shape, &buffer); });
+        }
+        mep_buffer_destroy(buffer);
+        mep_group_destroy(group);
+    }
+}
+
+TEST_F(MacaHostFreesLate, WhatATrialOfWaysHad) {
+    Echo echo;
+    echo.rank_count = 2;
+    mep_group_config_t config = echo.config();
+    config.rank_count = 2;
+    mep_group_t *group = nullptr;
+    for (const int gathers : {3, 4}) {
+        echo.left = gathers;
+        echo.made = 0;
+        expect_fast_failure([&] { return mep_group_create(&config, &group); });
+    }
 }
 
 TEST_F(MacaHost, CastsNothingToFp8UnlessBuiltTo) {

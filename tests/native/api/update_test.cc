@@ -183,7 +183,8 @@ void replay_across_an_update(Stage *stage, int number) {
     expect_rounds(20, 1, {2});
     stage->meet(kLost, kRanks - 1);
     expect_rounds(30, 9, {2});
-    EXPECT_EQ(rank.update(1, all), MEP_OK) << mep_last_error();
+    // The new process has its start-up before it.
+    EXPECT_EQ(rank.update(1, all, kTestTimeoutUs), MEP_OK) << mep_last_error();
     EXPECT_EQ(mep_group_set_timeout(rank.group.get(), kTestTimeoutUs), MEP_OK);
     expect_rounds(40, 1, {});
     stage->reach(kServed);

@@ -7,12 +7,17 @@
 #include <cstring>
 #include <map>
 #include <mcr/mc_runtime.h>
+#include <thread>
 
 namespace mc_shim {
 
 Runtime &runtime() {
     static Runtime instance;
     return instance;
+}
+std::atomic<int> &allocation_count() {
+    static std::atomic<int> count{0};
+    return count;
 }
 
 namespace {
@@ -115,14 +120,18 @@ mcError_t mcStreamSynchronize(mcStream_t) {
 mcError_t mcMalloc(void **data, size_t bytes) {
     constexpr size_t kAlignment = 256;
     *data = aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
-    return *data == nullptr ? mcErrorMemoryAllocation : mcSuccess;
+    if (*data == nullptr) return mcErrorMemoryAllocation;
+    ++mc_shim::allocation_count();
+    return mcSuccess;
 }
 mcError_t mcExtMallocWithFlags(void **data, size_t bytes, unsigned flags) {
     runtime().flags.push_back(flags);
     return mcMalloc(data, bytes);
 }
 mcError_t mcFree(void *data) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(runtime().free_ms));
     free(data);
+    --mc_shim::allocation_count();
     return mcSuccess;
 }
 mcError_t mcMallocHost(void **data, size_t bytes, unsigned) {

@@ -4,6 +4,7 @@
 // memory is the host's, and no kernel does anything, but for those of the clock.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -25,8 +26,12 @@ struct Runtime {
     std::vector<int> turns_ms;    // that others take before measurements of the clock, in order
     bool opens = false;           // other processes' memory
     int closed = 0;               // mappings of it
+    int free_ms = 0;              // how long each mcFree takes
 };
 Runtime &runtime();
+
+// How much of mcMalloc was not freed yet.
+std::atomic<int> &allocation_count();
 
 constexpr int kBlocks = 104, kTickNs = 10;
 
