@@ -392,10 +392,11 @@ typedef struct mep_transport_info {
  * Join a group. Collective, blocking.
  * Before it returns, every rank has stored a word in the memory of every peer that it may reach: a
  * way that does not work shows here, within 10 s, and not in the first dispatch. Ranks that cannot
- * reach each other are no error yet; see mep_group_query_transport. Where a peer fails this call,
- * an update or the creation of a buffer, a thread frees what it had of a GPU's memory, after the
- * call. Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available); MEP_TIMEOUT (names
- * the missing ranks); MEP_MISMATCH (rank_count, backend or library version differ);
+ * reach each other are no error yet; see mep_group_query_transport.
+ * Where a peer fails this call, an update or the creation of a buffer, a thread gives back what the
+ * call had of a GPU's memory, soon after it.
+ * Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available); MEP_TIMEOUT (names the
+ * missing ranks); MEP_MISMATCH (rank_count, backend or library version differ);
  * MEP_BOOTSTRAP_FAILED (wrong secret, rank taken, connection lost, callback failed);
  * MEP_SYSTEM_ERROR.
  */
