@@ -19,6 +19,10 @@ std::atomic<int> &allocation_count() {
     static std::atomic<int> count{0};
     return count;
 }
+std::atomic<bool> &frees_wait() {
+    static std::atomic<bool> wait{false};
+    return wait;
+}
 
 namespace {
 
@@ -129,7 +133,9 @@ mcError_t mcExtMallocWithFlags(void **data, size_t bytes, unsigned flags) {
     return mcMalloc(data, bytes);
 }
 mcError_t mcFree(void *data) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(runtime().free_ms));
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(mc_shim::kFreeSeconds);
+    while (mc_shim::frees_wait() && std::chrono::steady_clock::now() < end)
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
     free(data);
     --mc_shim::allocation_count();
     return mcSuccess;

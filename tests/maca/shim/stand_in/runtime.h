@@ -26,13 +26,15 @@ struct Runtime {
     std::vector<int> turns_ms;    // that others take before measurements of the clock, in order
     bool opens = false;           // other processes' memory
     int closed = 0;               // mappings of it
-    int free_ms = 0;              // how long each mcFree takes
 };
 Runtime &runtime();
 
 // How much of mcMalloc was not freed yet.
 std::atomic<int> &allocation_count();
 
-constexpr int kBlocks = 104, kTickNs = 10;
+// While it is true each mcFree waits, for kFreeSeconds at most.
+std::atomic<bool> &frees_wait();
+
+constexpr int kBlocks = 104, kTickNs = 10, kFreeSeconds = 5;
 
 }  // namespace mc_shim
