@@ -125,7 +125,7 @@ stage_wheel() {
 install_frameworks() {
     local framework
     for framework in $FRAMEWORKS; do
-        timeout "$FRAMEWORK_SECONDS_MAX" "$VENV/bin/pip" install --no-compile "$framework" ||
+        timeout "$FRAMEWORK_SECONDS_MAX" "$VENV/bin/pip" install "$framework" ||
             echo "note: $framework could not be installed, its tests skip"
     done
 }
