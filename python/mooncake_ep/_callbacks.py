@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,6 +110,41 @@ class Callbacks:
             else memoryview(bytearray())
             for rank in range(self._rank_count)
         ]
+
+
+_RELEASE_SECONDS = 1.0
+
+
+def torch_all_gather(process_group: Any, data: bytes, rank_count: int) -> list[bytes]:
+    """Gather bytes of the same length, over a torch.distributed process group, by ranks."""
+    if not data:
+        return [part[:0] for part in torch_all_gather(process_group, b"\0", rank_count)]
+    torch = importlib.import_module("torch")
+    distributed = importlib.import_module("torch.distributed")
+    on_host = _has_host_collectives(process_group)
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    mine = mine if on_host else mine.cuda()
+    parts = [torch.empty_like(mine) for _ in range(rank_count)]
+    counts = _reference_counts(parts)
+    distributed.all_gather(parts, mine, group=process_group)
+    if on_host:
+        _await_release(parts, counts)
+    return [bytes(part.tolist()) for part in parts]
+
+
+def _await_release(tensors: list[Any], counts: list[int]) -> None:
+    """Wait until a collective that is done has let go of tensors, which had so many references.
+
+    A thread of gloo does that a little later. For the last reference it needs the interpreter, and
+    if that is ending meanwhile, as in a short program, the process aborts.
+    """
+    deadline = time.monotonic() + _RELEASE_SECONDS
+    while _reference_counts(tensors) > counts and time.monotonic() < deadline:
+        time.sleep(1e-4)
+
+
+def _reference_counts(tensors: list[Any]) -> list[int]:
+    return [sys.getrefcount(tensor) for tensor in tensors]
 
 
 def torch_all_to_all(process_group: Any) -> AllToAll:

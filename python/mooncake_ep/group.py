@@ -15,6 +15,7 @@ from ._callbacks import (
     AllToAllOnStream,
     Callbacks,
     mpi_all_to_all,
+    torch_all_gather,
     torch_engines,
 )
 from ._ffi import ffi
@@ -258,21 +259,15 @@ class Group:
     ) -> Group:
         """Join the ranks of a torch.distributed process group (None: the default one).
 
-        Anything goes for which torch.distributed.all_gather_object() works. Where memory is not
+        Anything goes for which torch.distributed.all_gather() works. Where memory is not
         reached, rows of CPU ranks go by its isend() and irecv() if it is gloo's or MPI's, otherwise
         by its all_to_all_single(); of GPUs by NCCL or MCCL, or else by TCP, or, if its backend is
         another one for GPUs only, by its batch_isend_irecv().
         """
         distributed = importlib.import_module("torch.distributed")
         rank, rank_count = _place_in(process_group, distributed)
-
-        def all_gather(data: bytes) -> list[bytes]:
-            gathered: list[bytes] = [b""] * rank_count
-            distributed.all_gather_object(gathered, data, group=process_group)
-            return gathered
-
         return cls.from_callback(
-            all_gather,
+            lambda data: torch_all_gather(process_group, data, rank_count),
             *torch_engines(process_group, backend),
             rank=rank,
             rank_count=rank_count,

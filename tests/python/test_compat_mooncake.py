@@ -487,6 +487,46 @@ def test_a_process_ends_well_in_whatever_order_things_go(end: str, tmp_path: Pat
     assert "Exception ignored" not in done.stdout
 
 
+# A thread of gloo that wants the interpreter gets it as late as can be.
+GATHER_AND_END = """
+import os
+import sys
+import torch.distributed as distributed
+from mooncake_ep.compat._meeting import Meeting
+
+children = []
+for child in range(16):
+    children.append(os.fork())
+    if children[-1] == 0:
+        break
+    if child % 2 == 1:
+        for one in children[-2:]:
+            assert os.waitpid(one, 0)[1] == 0, "a rank has aborted"
+else:
+    sys.exit(0)
+store = f"file://{sys.argv[1]}{child // 2}"
+distributed.init_process_group("gloo", store, rank=child % 2, world_size=2)
+meeting, kept = Meeting(None), distributed.group.WORLD
+sys.setswitchinterval(1000)
+for _ in range(5):
+    meeting.gather(b"some bytes")
+"""
+
+
+@pytest.mark.skipif(compat_rank.CONTROL != "gloo", reason="it is about a thread of gloo")
+def test_a_process_ends_well_right_after_it_has_gathered(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GATHER_AND_END, str(tmp_path / "store")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=_environment(OMP_NUM_THREADS="1"),
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
 def _environment(path: str = "", **changes: str) -> dict[str, str]:
     """Make the environment of a process that finds what this one does."""
     paths = [path, *sys.path] if path else sys.path

@@ -16,6 +16,7 @@ from .._callbacks import (
     AllToAllOnStream,
     _backend_of,
     _has_host_collectives,
+    torch_all_gather,
     torch_engines,
 )
 from .._lib import backend_info
@@ -38,11 +39,7 @@ class Meeting:
 
     def gather(self, data: bytes) -> list[bytes]:
         """Gather bytes of the same length from each rank, in the order of ranks. Collective."""
-        place = _CPU if _has_host_collectives(self._group) else torch.device("cuda")
-        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(place)
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        distributed.all_gather(parts, mine, group=self._group)
-        return [bytes(part.tolist()) for part in parts]
+        return torch_all_gather(self._group, data, self.size)
 
     def tell(self, mine: Any) -> list[Any]:
         """Gather what JSON can say, of any length. Collective."""
