@@ -125,10 +125,11 @@ def torch_all_gather(process_group: Any, data: bytes, rank_count: int) -> list[b
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     mine = mine if on_host else mine.cuda()
     parts = [torch.empty_like(mine) for _ in range(rank_count)]
-    counts = _reference_counts(parts)
+    tensors = [*parts, mine]
+    counts = _reference_counts(tensors)
     distributed.all_gather(parts, mine, group=process_group)
     if on_host:
-        _await_release(parts, counts)
+        _await_release(tensors, counts)
     return [bytes(part.tolist()) for part in parts]
 
 
