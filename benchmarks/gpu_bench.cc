@@ -1,6 +1,7 @@
 // Times of dispatch and combine inside CUDA graphs, one process per rank:
-//   gpu_bench RANKS TOKENS HIDDEN EXPERTS TOPK bf16|fp8 [dispatch|combine [SMS]]
+//   gpu_bench RANKS TOKENS HIDDEN EXPERTS TOPK bf16|fp8|fp8_column [dispatch|combine [SMS]]
 // where weights are given to dispatch or to combine, and a launch may fill so many multiprocessors.
+// Scales of fp8_column have stride 1 along the rows, as matrix products of FP8 take them.
 // Prints, in microseconds per round, the median, the best and the 99th percentile over the replays;
 // each replay counts as its slowest rank.
 #include "mooncake_ep.h"
@@ -36,7 +37,7 @@ void check(cudaError_t error, const char *call) {
 
 struct Shape {
     int ranks, tokens, hidden, experts, topk;
-    bool fp8, weights_at_combine;
+    bool fp8, scales_by_column, weights_at_combine;
     int sms;  // 0: all
 };
 
@@ -144,7 +145,9 @@ int run_rank(const Shape &s, int rank) {
     DeviceArray weights(device, MEP_TYPE_FLOAT, 32, {s.tokens, s.topk}, gates.data());
     DeviceArray out_x(device, s.fp8 ? MEP_TYPE_FLOAT8_E4M3FN : MEP_TYPE_BFLOAT, s.fp8 ? 8 : 16,
                       {local, rows, s.hidden});
-    DeviceArray scales(device, MEP_TYPE_FLOAT, 32, {local, rows, s.hidden / 128});
+    int64_t groups = s.hidden / 128, by_column[] = {rows * groups, 1, rows};
+    DeviceArray scales(device, MEP_TYPE_FLOAT, 32, {local, rows, groups});
+    if (s.scales_by_column) scales.tensor.strides = by_column;
     DeviceArray count(device, MEP_TYPE_INT, 32, {local});
     DeviceArray info(device, MEP_TYPE_INT, 32, {local, rows});
     DeviceArray range(device, MEP_TYPE_INT, 64, {local, s.ranks});
@@ -203,7 +206,8 @@ int main(int argc, char **argv) {
     if (argc < 7) {
         std::fprintf(
             stderr,
-            "usage: %s RANKS TOKENS HIDDEN EXPERTS TOPK bf16|fp8 [dispatch|combine [SMS]]\n",
+            "usage: %s RANKS TOKENS HIDDEN EXPERTS TOPK bf16|fp8|fp8_column [dispatch|combine "
+            "[SMS]]\n",
             argv[0]);
         return 2;
     }
@@ -212,7 +216,8 @@ int main(int argc, char **argv) {
                       std::atoi(argv[3]),
                       std::atoi(argv[4]),
                       std::atoi(argv[5]),
-                      std::strcmp(argv[6], "fp8") == 0,
+                      std::strncmp(argv[6], "fp8", 3) == 0,
+                      std::strcmp(argv[6], "fp8_column") == 0,
                       argc > 7 && std::strcmp(argv[7], "combine") == 0,
                       argc > 8 ? std::atoi(argv[8]) : 0};
     std::printf("ranks=%d tokens=%d hidden=%d experts=%d topk=%d %s weights at %s", shape.ranks,

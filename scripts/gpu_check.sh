@@ -29,6 +29,7 @@ readonly SHAPES=(
     "1 7168 256 8 bf16 dispatch"
     "32 7168 256 8 bf16 dispatch"
     "128 7168 256 8 fp8 dispatch"
+    "128 7168 256 8 fp8_column dispatch"
     "128 7168 256 8 bf16 dispatch"
     "128 7168 256 8 bf16 combine"
     "512 7168 256 8 bf16 dispatch"
@@ -37,7 +38,10 @@ readonly SHAPES=(
     "256 7168 256 8 bf16 dispatch"
     "1024 7168 256 8 bf16 dispatch"
     "2048 7168 256 8 bf16 dispatch"
+    "1024 7168 256 8 fp8 dispatch"
+    "1024 7168 256 8 fp8_column dispatch"
     "4096 7168 256 8 fp8 dispatch"
+    "4096 7168 256 8 fp8_column dispatch"
     "4096 7168 256 8 bf16 dispatch"
     "4096 7168 256 8 bf16 dispatch 32"
 )

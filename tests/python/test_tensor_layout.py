@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from mooncake_ep._ffi import ffi
 
 _C_TYPES = {

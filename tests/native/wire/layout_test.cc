@@ -154,10 +154,12 @@ TEST(Layout, MessagesByLineDoNotOverlap) {
     expect_disjoint(ranges, l.bytes);
 }
 
-TEST(Layout, DecodeWindowFitsIn32Megabytes) {
+TEST(Layout, DecodeWindowFitsIn32MegabytesForTwoRanksAndIn128ForEight) {
     const size_t row = 7168 * 2;
-    for (const Carriage carriage : {Carriage::kFlag, Carriage::kLine})
+    for (const Carriage carriage : {Carriage::kFlag, Carriage::kLine}) {
         EXPECT_LE(Layout::of({2, 256, 128, 8, 4, row, row, carriage}).bytes, 32'000'000U);
+        EXPECT_LE(Layout::of({8, 256, 128, 8, 4, row, row, carriage}).bytes, 128'000'000U);
+    }
 }
 
 TEST(Signal, GivesBackItsValueInItsEpochOnly) {
