@@ -395,8 +395,9 @@ typedef struct mep_transport_info {
  * reach each other are no error yet; see mep_group_query_transport.
  * Where a peer fails this call, an update or the creation of a buffer, a thread gives back what the
  * call had of a GPU's memory, soon after it.
- * Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available); MEP_TIMEOUT (names the
- * missing ranks); MEP_MISMATCH (rank_count, backend or library version differ);
+ * Errors: MEP_INVALID_ARGUMENT; MEP_UNSUPPORTED (backend not available: on all ranks, as soon as
+ * all have come; it is logged before); MEP_TIMEOUT (names the missing ranks); MEP_MISMATCH
+ * (rank_count, backend or library version differ); of one rank's environment all hear;
  * MEP_BOOTSTRAP_FAILED (wrong secret, rank taken, connection lost, callback failed);
  * MEP_SYSTEM_ERROR.
  */

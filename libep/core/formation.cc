@@ -14,38 +14,48 @@
 
 namespace ep {
 
-// Plain bytes: it travels.
-struct Greeting {
-    int32_t version;  // of the library; ranks of one group run the same
-    int32_t rank, rank_count;
-    int32_t backend;
-    int32_t buffer_count;
-    int32_t reserved;
-    uint64_t generation;
-    RankFacts facts;
-    uint64_t present[MEP_RANK_COUNT_MAX / 64];  // who this rank thinks comes
-};
+Trouble Trouble::of(mep_status_t status) {
+    Trouble trouble{status, {}};
+    if (status != MEP_OK)
+        std::snprintf(trouble.message, sizeof trouble.message, "%s", last_error());
+    return trouble;
+}
+
+mep_status_t Trouble::report() const {
+    return status == MEP_OK ? MEP_OK : fail(status, "%.*s", int(sizeof message), message);
+}
 
 namespace {
 
-struct Verdict {
-    int32_t status;
-    char message[252];
-};
+// What all come to: this rank's own trouble, which says more than that the others went away because
+// of it; then that they could not be asked; then the first of theirs, `trouble_of(peer)`.
+template <class TroubleOf>
+mep_status_t first_trouble(const Trouble &mine, mep_status_t gathered, int rank_count,
+                           TroubleOf trouble_of) {
+    EP_TRY(mine.report());
+    EP_TRY(gathered);
+    for (int peer = 0; peer < rank_count; ++peer) {
+        const Trouble &theirs = trouble_of(peer);
+        if (theirs.status != MEP_OK)
+            return fail(theirs.status, "rank %d: %.*s", peer, int(sizeof theirs.message),
+                        theirs.message);
+    }
+    return MEP_OK;
+}
 
 }  // namespace
 
-mep_status_t Formation::create(const mep_group_config_t &config, const Backend &backend,
-                               std::shared_ptr<Device> device, int64_t timeout_us,
-                               const History &history, std::unique_ptr<Formation> *formation) {
+mep_status_t Formation::create(const mep_group_config_t &config, const Start &start,
+                               std::unique_ptr<Formation> *formation) {
     std::unique_ptr<Formation> created(new Formation);
-    created->backend_ = &backend;
-    created->device_ = std::move(device);
-    created->timeout_us_ = timeout_us;
-    created->call_ = Deadline(timeout_us);
-    EP_TRY(created->meet(config));
+    created->backend_ = &start.backend;
+    created->device_ = start.device;
+    created->timeout_us_ = start.timeout_us;
+    created->call_ = Deadline(start.timeout_us);
+    const mep_status_t met = created->meet(config);
+    if (met != MEP_OK) return start.trouble.status != MEP_OK ? start.trouble.report() : met;
     GroupFacts facts;
-    EP_TRY(created->gather_facts(config, history, &facts));
+    EP_TRY(created->gather_facts(config, start, &facts));
     if (created->members_.size() > 1) EP_TRY(created->try_transports(&facts));
     EP_TRY(created->look_for_nccl(&facts));
     created->adopt(facts);
@@ -169,25 +179,38 @@ mep_status_t Formation::compare(const Greeting &mine, int peer, const Greeting &
     return MEP_OK;
 }
 
-mep_status_t Formation::gather_facts(const mep_group_config_t &config, const History &history,
+// What this rank can say of itself; the gate is of its machine.
+mep_status_t Formation::describe(const mep_group_config_t &config, RankFacts *facts,
+                                 P2pGate *gate) const {
+    EP_TRY(local_facts(*device_, backend_->id, facts));
+    EP_TRY(read_wishes(config, !device_->is_synchronous(), facts));
+    Topology machine;
+    if (gated()) EP_TRY(machine_gate("/", deadline(), &machine, gate));
+    facts->physical = physical_number(machine, device_->pci_address());
+    return MEP_OK;
+}
+
+mep_status_t Formation::gather_facts(const mep_group_config_t &config, const Start &start,
                                      GroupFacts *facts) {
     Greeting mine{mep_version(),
                   rank_,
                   rank_count(),
                   backend_->id,
-                  history.buffer_count,
+                  start.history.buffer_count,
                   0,
-                  history.generation,
+                  start.history.generation,
                   {},
-                  {}};
+                  {},
+                  start.trouble};
     for (const int rank : members_)
         mine.present[rank / 64] |= uint64_t{1} << rank % 64;
-    EP_TRY(local_facts(*device_, backend_->id, &mine.facts));
-    EP_TRY(read_wishes(config, !device_->is_synchronous(), &mine.facts));
-    const Topology machine = gated() ? machine_topology() : Topology{};
-    mine.facts.physical = physical_number(machine, device_->pci_address());
+    P2pGate gate;
+    if (mine.trouble.status == MEP_OK)
+        mine.trouble = Trouble::of(describe(config, &mine.facts, &gate));
     std::vector<Greeting> all(rank_count());
-    EP_TRY(all_gather(&mine, all.data(), sizeof mine));
+    const mep_status_t gathered = all_gather(&mine, all.data(), sizeof mine);
+    EP_TRY(first_trouble(mine.trouble, gathered, rank_count(),
+                         [&](int peer) -> const Trouble & { return all[peer].trouble; }));
     for (int peer = 0; peer < rank_count(); ++peer) {
         const Greeting &theirs = all[peer];
         if (is_present(peer)) EP_TRY(compare(mine, peer, theirs));
@@ -201,14 +224,12 @@ mep_status_t Formation::gather_facts(const mep_group_config_t &config, const His
     ++generation_;
     choose_engine(facts);
     std::vector<Access> access(rank_count(), Access::kRefused);
-    EP_TRY(agree(access_to(facts->ranks, machine, &access)));
+    find_access(facts->ranks, gate, &access);
     return gather_rows(access, &facts->access);
 }
 
-mep_status_t Formation::access_to(const std::vector<RankFacts> &ranks, const Topology &machine,
-                                  std::vector<Access> *row) const {
-    P2pGate gate;
-    if (gated()) EP_TRY(machine_gate(machine, &gate));
+void Formation::find_access(const std::vector<RankFacts> &ranks, const P2pGate &gate,
+                            std::vector<Access> *row) const {
     const RankFacts &mine = ranks[rank_];
     for (int peer = 0; peer < rank_count(); ++peer) {
         const RankFacts &theirs = ranks[peer];
@@ -218,7 +239,6 @@ mep_status_t Formation::access_to(const std::vector<RankFacts> &ranks, const Top
         const bool far = gated() && !gate.allows(mine.physical, theirs.physical);
         if (far && access != Access::kSame && access != Access::kRefused) access = Access::kGated;
     }
-    return MEP_OK;
 }
 
 mep_status_t Formation::try_transports(GroupFacts *facts) {
@@ -365,18 +385,11 @@ mep_status_t Formation::gather(const void *send, void *receive, size_t bytes) {
 }
 
 mep_status_t Formation::agree(mep_status_t mine) {
-    Verdict verdict{mine, {}};
-    if (mine != MEP_OK) std::snprintf(verdict.message, sizeof verdict.message, "%s", last_error());
-    std::vector<Verdict> all(rank_count());
-    const mep_status_t gathered = all_gather(&verdict, all.data(), sizeof verdict);
-    // One's own error says more than that the others went away because of it.
-    if (mine != MEP_OK) return fail(mine, "%.*s", int(sizeof verdict.message), verdict.message);
-    if (gathered != MEP_OK) return gathered;
-    for (int peer = 0; peer < rank_count(); ++peer)
-        if (all[peer].status != MEP_OK)
-            return fail(all[peer].status, "rank %d: %.*s", peer, int(sizeof verdict.message),
-                        all[peer].message);
-    return MEP_OK;
+    const Trouble trouble = Trouble::of(mine);
+    std::vector<Trouble> all(rank_count());
+    const mep_status_t gathered = all_gather(&trouble, all.data(), sizeof trouble);
+    return first_trouble(trouble, gathered, rank_count(),
+                         [&](int peer) -> const Trouble & { return all[peer]; });
 }
 
 }  // namespace ep

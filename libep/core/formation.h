@@ -7,7 +7,7 @@
 #include "backend/backend.h"
 #include "base/deadline.h"
 #include "core/bootstrap.h"
-#include "topology/graph.h"
+#include "core/greeting.h"
 #include "transport/device_engine.h"
 #include "transport/engine.h"
 #include "transport/facts.h"
@@ -20,7 +20,7 @@
 
 namespace ep {
 
-struct Greeting;
+class P2pGate;
 
 class Formation {
   public:
@@ -28,6 +28,15 @@ class Formation {
     struct History {
         uint64_t generation;   // of formations; 0: it is new
         int32_t buffer_count;  // that are to be made anew
+    };
+
+    // What this rank comes with. Without a device, for a reason, it comes to tell the others so.
+    struct Start {
+        const Backend &backend;
+        std::shared_ptr<Device> device;
+        Trouble trouble;
+        int64_t timeout_us;
+        History history;
     };
 
     // While this lives, all collective steps share one deadline, that of the call which takes them:
@@ -47,9 +56,8 @@ class Formation {
 
     // `config` as the caller gave it, already read. Collective, among the ranks that it names. The
     // deadline goes on for the steps that follow, until settle().
-    static mep_status_t create(const mep_group_config_t &config, const Backend &backend,
-                               std::shared_ptr<Device> device, int64_t timeout_us,
-                               const History &history, std::unique_ptr<Formation> *formation);
+    static mep_status_t create(const mep_group_config_t &config, const Start &start,
+                               std::unique_ptr<Formation> *formation);
 
     int rank() const { return rank_; }
     int rank_count() const { return static_cast<int>(present_.size()); }
@@ -116,11 +124,12 @@ class Formation {
     Formation() = default;
     mep_status_t read_present(const mep_group_config_t &config);
     mep_status_t meet(const mep_group_config_t &config);
-    mep_status_t gather_facts(const mep_group_config_t &config, const History &history,
+    mep_status_t describe(const mep_group_config_t &config, RankFacts *facts, P2pGate *gate) const;
+    mep_status_t gather_facts(const mep_group_config_t &config, const Start &start,
                               GroupFacts *facts);
     mep_status_t compare(const Greeting &mine, int peer, const Greeting &theirs) const;
-    mep_status_t access_to(const std::vector<RankFacts> &ranks, const Topology &machine,
-                           std::vector<Access> *row) const;
+    void find_access(const std::vector<RankFacts> &ranks, const P2pGate &gate,
+                     std::vector<Access> *row) const;
     mep_status_t try_transports(GroupFacts *facts);
     mep_status_t look_for_nccl(GroupFacts *facts);
     mep_status_t create_engine(const mep_group_config_t &config, const GroupFacts &facts);

@@ -18,11 +18,19 @@ mep_status_t Group::create(const mep_group_config_t &config, std::shared_ptr<Gro
     if (created->backend_ == nullptr)
         return fail(MEP_INVALID_ARGUMENT, "config.backend is %d; it must be one of MEP_BACKEND_*",
                     backend);
-    EP_TRY(created->backend_->create_device(config.device_id, &created->device_));
     created->device_id_ = config.device_id;
     created->timeout_us_ = config.timeout_us == 0 ? kTimeoutDefaultUs : config.timeout_us;
-    EP_TRY(Formation::create(config, *created->backend_, created->device_, created->timeout_us_,
-                             {0, 0}, &created->formation_));
+    // That an argument is wrong is the caller's to hear, at once; that there is no such device, in
+    // this build or on this machine, also the others', who would wait for this rank.
+    const mep_status_t opened =
+        created->backend_->create_device(config.device_id, &created->device_);
+    if (opened == MEP_INVALID_ARGUMENT) return opened;
+    const Trouble trouble = Trouble::of(opened);
+    if (opened != MEP_OK && config.rank_count != 1)
+        log(MEP_LOG_ERROR, "%s; other ranks are told when they have come", trouble.message);
+    EP_TRY(Formation::create(
+        config, {*created->backend_, created->device_, trouble, created->timeout_us_, {0, 0}},
+        &created->formation_));
     created->formation_->settle(created->timeout_us_);
     if (backend != MEP_BACKEND_CPU)
         log(MEP_LOG_INFO, "IBGDA unavailable, using P2P-only path: %s", rdma().reason.c_str());
@@ -67,8 +75,12 @@ mep_status_t Group::update(const mep_group_config_t &given) {
     const int64_t timeout_us = config.timeout_us == 0 ? timeout_us_.load() : config.timeout_us;
     const LateFrees late_frees;
     std::unique_ptr<Formation> next;
-    EP_TRY(Formation::create(config, *backend_, device_, timeout_us,
-                             {formation_->generation(), static_cast<int32_t>(buffers_.size())},
+    EP_TRY(Formation::create(config,
+                             {*backend_,
+                              device_,
+                              {},
+                              timeout_us,
+                              {formation_->generation(), static_cast<int32_t>(buffers_.size())}},
                              &next));
     std::vector<Buffer::Renewal> renewals(buffers_.size());
     for (size_t i = 0; i < buffers_.size(); ++i)

@@ -63,18 +63,27 @@ std::string rank_text(int rank) {
     return "rank " + std::to_string(rank);
 }
 
+// Two GPUs that their gate keeps apart.
+std::string far_pair(int one, int other, const std::string &of_whom) {
+    constexpr const char *kAll = "MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 allows them";
+    if (one < 0 || other < 0)
+        return "the GPUs" + of_whom +
+               " are not both in sysfs, so that nobody knows whether they "
+               "are near; " +
+               kAll;
+    const std::string pair = std::to_string(one) + "-" + std::to_string(other);
+    return "GPUs " + pair + of_whom + " are not near; MOONCAKE_EP_MACA_P2P_PAIRS=" + pair + " or " +
+           kAll;
+}
+
 // Why what `from` stores does not reach `to`; "" if it does, as far as is known.
 std::string obstacle(const GroupFacts &facts, int from, int to) {
     if (facts.access_of(from, to) == Access::kRefused)
         return "the device of " + rank_text(from) + " has no peer access to that of " +
                rank_text(to);
-    if (facts.access_of(from, to) == Access::kGated) {
-        const std::string pair = std::to_string(facts.ranks[from].physical) + "-" +
-                                 std::to_string(facts.ranks[to].physical);
-        return "GPUs " + pair + " of " + rank_text(from) + " and " + rank_text(to) +
-               " are not near; MOONCAKE_EP_MACA_P2P_PAIRS=" + pair +
-               " or MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 allows them";
-    }
+    if (facts.access_of(from, to) == Access::kGated)
+        return far_pair(facts.ranks[from].physical, facts.ranks[to].physical,
+                        " of " + rank_text(from) + " and " + rank_text(to));
     switch (facts.trial_of(from, to)) {
         case Trial::kNotMade:
         case Trial::kArrived:

@@ -1,5 +1,6 @@
 #include "transport/gate.h"
 
+#include "base/command.h"
 #include "base/env.h"
 #include "base/log.h"
 #include "base/status.h"
@@ -9,19 +10,26 @@
 #include "topology/sysfs.h"
 
 #include <algorithm>
-#include <cstdio>
 
 namespace ep {
 namespace {
 
-// What a command prints; "" if it fails.
-std::string output_of(const char *command) {
-    constexpr size_t kBytesMax = 1 << 20;
-    std::FILE *pipe = popen(command, "re");
-    if (pipe == nullptr) return "";
-    std::string text(kBytesMax, '\0');
-    text.resize(std::fread(&text[0], 1, text.size(), pipe));
-    return pclose(pipe) == 0 ? text : "";
+constexpr int64_t kToolUs = 10'000'000;  // of mx-smi, whose driver may hang
+
+// What links the GPUs, where mx-smi is here. That it sees other GPUs than sysfs, as in a container,
+// is no error: nobody knows then which are which.
+mep_status_t ask_mx_smi(const Deadline &deadline, Topology *topology) {
+    std::string printed;
+    SmiMatrix matrix;
+    // Of a shorter time half, so that the others hear of it.
+    const int64_t limit_us = deadline.never() ? kToolUs : deadline.timeout_us() / 2;
+    EP_TRY(command_output("mx-smi topo -m 2>/dev/null",
+                          deadline.within(std::min(kToolUs, limit_us)), &printed));
+    if (printed.empty()) return MEP_OK;
+    EP_TRY(parse_mx_smi(printed, &matrix));
+    if (apply_smi(matrix, topology) != MEP_OK)
+        log(MEP_LOG_WARNING, "mx-smi is not used: %s", last_error());
+    return MEP_OK;
 }
 
 }  // namespace
@@ -59,24 +67,24 @@ int physical_number(const Topology &topology, std::string_view address) {
     return -1;
 }
 
-mep_status_t machine_gate(const Topology &topology, P2pGate *gate) {
+mep_status_t machine_gate(const std::string &root, const Deadline &deadline, Topology *topology,
+                          P2pGate *gate) {
+    constexpr const char *kWithout =
+        "MOONCAKE_EP_MACA_P2P_PAIRS does without mx-smi, MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 also "
+        "without sysfs";
     long all = 0;
     EP_TRY(env_integer("MOONCAKE_EP_MACA_ALLOW_NODE_P2P", 0, 1, 0, &all));
-    return P2pGate::of(env_text("MOONCAKE_EP_MACA_P2P_PAIRS"), all != 0, topology, gate);
-}
-
-Topology machine_topology() {
-    Topology topology;
-    if (read_sysfs("/", &topology) != MEP_OK) {
-        log(MEP_LOG_WARNING, "the GPUs of this machine are not known: %s", last_error());
-        return {};
-    }
-    SmiMatrix matrix;
-    const std::string printed = output_of("mx-smi topo -m 2>/dev/null");
-    if (!printed.empty() &&
-        (parse_mx_smi(printed, &matrix) != MEP_OK || apply_smi(matrix, &topology) != MEP_OK))
-        log(MEP_LOG_WARNING, "mx-smi is not used: %s", last_error());
-    return topology;
+    std::string pairs = env_text("MOONCAKE_EP_MACA_P2P_PAIRS");
+    Topology found;
+    mep_status_t known = read_sysfs(root, &found);
+    if (known == MEP_OK && all == 0 && pairs.empty()) known = ask_mx_smi(deadline, &found);
+    if (known != MEP_OK && all == 0)
+        return fail(known, "the GPUs of this machine are not known: %s; %s",
+                    std::string(last_error()).c_str(), kWithout);
+    if (known != MEP_OK) pairs.clear();  // nobody knows their numbers
+    EP_TRY(P2pGate::of(pairs, all != 0, found, gate));
+    *topology = std::move(found);
+    return MEP_OK;
 }
 
 }  // namespace ep

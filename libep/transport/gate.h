@@ -4,8 +4,10 @@
 
 #include "mooncake_ep.h"
 
+#include "base/deadline.h"
 #include "topology/graph.h"
 
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -32,10 +34,10 @@ class P2pGate {
 // The number of a GPU by its PCI address, "0000:18:00.0"; -1 if the topology does not have it.
 int physical_number(const Topology &topology, std::string_view pci_address);
 
-// The gate of this machine, from the environment, sysfs and, if it is here, mx-smi.
-mep_status_t machine_gate(const Topology &topology, P2pGate *gate);
-
-// This machine, with MetaXLink if mx-smi is here; without GPUs if sysfs cannot be read.
-Topology machine_topology();
+// This machine, whose sysfs is below `root`, with MetaXLink if mx-smi is here and has to be asked;
+// and its gate, from the environment. An unreadable sysfs, a malformed matrix of mx-smi and one
+// that does not come are errors, unless the environment does without.
+mep_status_t machine_gate(const std::string &root, const Deadline &deadline, Topology *topology,
+                          P2pGate *gate);
 
 }  // namespace ep

@@ -7,7 +7,11 @@
 #include "runtime.h"
 
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <future>
 #include <gtest/gtest.h>
 #include <memory>
 #include <string>
@@ -243,7 +247,7 @@ class MacaHostFreesLate : public MacaHost {
 };
 
 TEST_F(MacaHostFreesLate, WhatABufferOrAnUpdateHad) {
-    constexpr int kOfABuffer = 5, kOfAnUpdate = 8;  // all-gathers; the last is of what was mapped
+    constexpr int kOfABuffer = 5, kOfAnUpdate = 7;  // all-gathers; the last is of what was mapped
     Echo echo, fails_in_update;
     mep_group_config_t config = echo.config();
     config.rank_count = 1;
@@ -279,11 +283,95 @@ TEST_F(MacaHostFreesLate, WhatATrialOfWaysHad) {
     mep_group_config_t config = echo.config();
     config.rank_count = 2;
     mep_group_t *group = nullptr;
-    for (const int gathers : {3, 4}) {
+    for (const int gathers : {2, 3}) {
         echo.left = gathers;
         echo.made = 0;
         expect_failure_before_frees([&] { return mep_group_create(&config, &group); });
     }
+}
+
+// Two ranks, threads on the two GPUs of a machine whose sysfs, this one's, knows of none.
+class MacaHostGroup : public MacaHost {
+  protected:
+    void SetUp() override {
+        MacaHost::SetUp();
+        runtime().device_count = 2;
+        const Rank first;  // sets the clock, for which it launches
+    }
+
+    struct Joined {
+        mep_status_t status;
+        std::string problem, reason;  // of the way to the other
+        int32_t kind;
+    };
+    static Joined join(mep_world_t *world, int rank) {
+        mep_group_config_t config{};
+        config.struct_size = sizeof config;
+        config.rank = config.device_id = rank;
+        config.rank_count = 2;
+        config.backend = MEP_BACKEND_MACA;
+        config.world = world;
+        config.timeout_us = 2'000'000;
+        mep_group_t *group = nullptr;
+        Joined joined{mep_group_create(&config, &group), "", "", 0};
+        if (joined.status != MEP_OK) {
+            joined.problem = mep_last_error();
+            return joined;
+        }
+        mep_transport_info_t info{};
+        info.struct_size = sizeof info;
+        EXPECT_EQ(mep_group_query_transport(group, 1 - rank, &info), MEP_OK);
+        joined.reason = info.reason;
+        joined.kind = info.kind;
+        EXPECT_EQ(mep_group_all_gather(group, "", std::string(2, ' ').data(), 1), MEP_OK);
+        mep_group_destroy(group);
+        return joined;
+    }
+    static std::vector<Joined> join_both() {
+        mep_world_t *world = nullptr;
+        EXPECT_EQ(mep_world_create(2, &world), MEP_OK);
+        auto other = std::async(std::launch::async, [&] { return join(world, 1); });
+        std::vector<Joined> both{join(world, 0)};
+        both.push_back(other.get());
+        mep_world_destroy(world);
+        return both;
+    }
+    static void expect_refusal(mep_status_t status, const std::string &named) {
+        for (const Joined &joined : join_both()) {
+            EXPECT_EQ(joined.status, status);
+            EXPECT_NE(joined.problem.find(named), std::string::npos) << joined.problem;
+        }
+    }
+};
+
+TEST_F(MacaHostGroup, GoesNoWayThatItsGateDoesNotAllow) {
+    for (const Joined &joined : join_both()) {
+        ASSERT_EQ(joined.status, MEP_OK) << joined.problem;
+        EXPECT_EQ(joined.kind, int{MEP_TRANSPORT_COLLECTIVE});
+        EXPECT_NE(joined.reason.find("MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1 allows them"),
+                  std::string::npos)
+            << joined.reason;
+    }
+}
+
+TEST_F(MacaHostGroup, NamesATypoInThePairsOnAllRanks) {
+    setenv("MOONCAKE_EP_MACA_P2P_PAIRS", "0_1", 1);
+    expect_refusal(MEP_INVALID_ARGUMENT, "MOONCAKE_EP_MACA_P2P_PAIRS: ");
+    unsetenv("MOONCAKE_EP_MACA_P2P_PAIRS");
+}
+
+TEST_F(MacaHostGroup, NamesWhatMxSmiSaysThatMakesNoSenseOnAllRanks) {
+    std::string folder = ::testing::TempDir() + "mooncake_ep_tool_XXXXXX";
+    ASSERT_NE(mkdtemp(folder.data()), nullptr);
+    const std::string tool = folder + "/mx-smi", path = getenv("PATH");
+    std::ofstream(tool) << "#!/bin/sh\necho nonsense\n";
+    std::filesystem::permissions(tool, std::filesystem::perms::owner_all);
+    setenv("PATH", (folder + ":" + path).c_str(), 1);
+    expect_refusal(MEP_INVALID_ARGUMENT, "mx-smi: ");
+    std::ofstream(tool) << "#!/bin/sh\nsleep 100\n";
+    expect_refusal(MEP_TIMEOUT, "mx-smi topo -m 2>/dev/null did not end");
+    setenv("PATH", path.c_str(), 1);
+    std::filesystem::remove_all(folder);
 }
 
 TEST_F(MacaHost, CastsNothingToFp8UnlessBuiltTo) {

@@ -43,6 +43,40 @@ std::string allowed(std::string_view pairs, bool all, const Topology &topology) 
     return pairs_of(gate, static_cast<int>(topology.gpus.size()));
 }
 
+// What the gate of the machine in `tree` lets through, or why there is none.
+struct Found {
+    mep_status_t status;
+    std::string pairs, problem;
+};
+Found gate_of(const Tree &tree, int64_t timeout_us = 20'000'000) {
+    Topology topology;
+    P2pGate gate;
+    const mep_status_t status = machine_gate(tree.root(), Deadline(timeout_us), &topology, &gate);
+    if (status != MEP_OK) return {status, "", last_error()};
+    return {status, pairs_of(gate, static_cast<int>(topology.gpus.size())), ""};
+}
+
+// While it lives, a program of this name comes first on the path.
+class Tool {
+  public:
+    explicit Tool(const std::string &script) : folder_("mx-smi = \n"), path_(getenv("PATH")) {
+        std::ofstream(folder_.root() + "/mx-smi") << "#!/bin/sh\n" << script << "\n";
+        std::filesystem::permissions(folder_.root() + "/mx-smi", std::filesystem::perms::owner_all);
+        setenv("PATH", (folder_.root() + ":" + path_).c_str(), 1);
+    }
+    Tool(const Tool &) = delete;
+    Tool &operator=(const Tool &) = delete;
+    ~Tool() { setenv("PATH", path_.c_str(), 1); }
+
+    static std::string print(const std::string &name) {
+        return std::string("cat ") + MEP_TEST_DATA_DIR + "/topology/" + name;
+    }
+
+  private:
+    const Tree folder_;
+    const std::string path_;
+};
+
 TEST(Gate, LetsThroughWhatMetaxlinkJoins) {
     EXPECT_EQ(allowed("", false, machine("metax_pairs", true)), "0-1 2-3");
     EXPECT_EQ(allowed("", false, machine("metax_quads", true)),
@@ -59,13 +93,11 @@ TEST(Gate, IsWidenedByTheEnvironment) {
     const Topology topology = machine("metax_pairs", true);
     EXPECT_EQ(allowed("1-2,0-3", false, topology), "0-3 1-2");
     EXPECT_EQ(allowed("", true, topology), "0-1 0-2 0-3 1-2 1-3 2-3");
+    const Tree tree(read_data("topology/metax_pairs.tree"));
     setenv("MOONCAKE_EP_MACA_P2P_PAIRS", "3-0", 1);
-    P2pGate gate;
-    EXPECT_EQ(machine_gate(topology, &gate), MEP_OK) << last_error();
-    EXPECT_EQ(pairs_of(gate, 4), "0-3");
+    EXPECT_EQ(gate_of(tree).pairs, "0-3");
     setenv("MOONCAKE_EP_MACA_ALLOW_NODE_P2P", "yes", 1);
-    EXPECT_EQ(machine_gate(topology, &gate), MEP_INVALID_ARGUMENT);
-    EXPECT_NE(std::string(last_error()).find("MOONCAKE_EP_MACA_ALLOW_NODE_P2P"), std::string::npos);
+    EXPECT_NE(gate_of(tree).problem.find("MOONCAKE_EP_MACA_ALLOW_NODE_P2P"), std::string::npos);
     unsetenv("MOONCAKE_EP_MACA_ALLOW_NODE_P2P");
     unsetenv("MOONCAKE_EP_MACA_P2P_PAIRS");
 }
@@ -99,24 +131,52 @@ TEST(Gate, NumbersGpusByTheirPciAddress) {
     EXPECT_EQ(physical_number(topology, "0000:ff:1f.7"), -1);
 }
 
-// The tool is asked where it is found, and what it prints has to fit the machine.
-TEST(Gate, DoesNotTrustAToolThatSeesOtherGpus) {
-    const Tree tools("mx-smi = #!/bin/sh\n");
-    std::ofstream(tools.root() + "/mx-smi")
-        << "#!/bin/sh\ncat " << MEP_TEST_DATA_DIR << "/topology/metax_pairs.smi.txt\n";
-    std::filesystem::permissions(tools.root() + "/mx-smi", std::filesystem::perms::owner_all);
-    const std::string path = getenv("PATH");
-    setenv("PATH", (tools.root() + ":" + path).c_str(), 1);
-    const Topology topology = machine_topology();
-    setenv("PATH", path.c_str(), 1);
-    for (const GpuLink &link : topology.gpu_links)
-        EXPECT_NE(link.kind, LinkKind::kMetaxlink);
+TEST(Gate, AsksTheToolWhereItIs) {
+    const Tree quads(read_data("topology/metax_quads.tree"));
+    EXPECT_EQ(gate_of(quads).pairs, "0-1 2-3 4-5 6-7");
+    const Tool tool(Tool::print("metax_quads.smi.txt"));
+    EXPECT_EQ(gate_of(quads).pairs, "0-1 0-2 0-3 1-2 1-3 2-3 4-5 4-6 4-7 5-6 5-7 6-7");
 }
 
-TEST(Gate, KnowsThisMachineOrSaysNothing) {
-    const Topology topology = machine_topology();
-    P2pGate gate;
-    EXPECT_EQ(machine_gate(topology, &gate), MEP_OK) << last_error();
+// As in a container.
+TEST(Gate, DoesNotUseAToolThatSeesOtherGpus) {
+    const Tool tool(Tool::print("metax_pairs.smi.txt"));
+    EXPECT_EQ(gate_of(Tree(read_data("topology/metax_quads.tree"))).pairs, "0-1 2-3 4-5 6-7");
+}
+
+TEST(Gate, RefusesAMalformedMatrixUnlessItIsNotNeeded) {
+    const Tree pairs(read_data("topology/metax_pairs.tree"));
+    const Tool tool(Tool::print("metax_pairs.smi.txt") + " | sed s/MX/QX/g");
+    const Found found = gate_of(pairs);
+    EXPECT_EQ(found.status, MEP_INVALID_ARGUMENT);
+    EXPECT_NE(found.problem.find("mx-smi: row"), std::string::npos) << found.problem;
+    EXPECT_NE(found.problem.find("QX"), std::string::npos) << found.problem;
+    setenv("MOONCAKE_EP_MACA_P2P_PAIRS", "1-2", 1);
+    EXPECT_EQ(gate_of(pairs).pairs, "1-2");
+    unsetenv("MOONCAKE_EP_MACA_P2P_PAIRS");
+}
+
+TEST(Gate, DoesNotWaitForAToolThatHangs) {
+    const Tree pairs(read_data("topology/metax_pairs.tree"));
+    const Tool tool("sleep 100 & sleep 100");
+    const auto began = Deadline::Clock::now();
+    const Found found = gate_of(pairs, 200'000);
+    EXPECT_EQ(found.status, MEP_TIMEOUT);
+    EXPECT_NE(found.problem.find("mx-smi topo -m"), std::string::npos) << found.problem;
+    EXPECT_LT(Deadline::Clock::now() - began, std::chrono::seconds(5));
+}
+
+TEST(Gate, RefusesASysfsThatCannotBeReadUnlessItIsNotNeeded) {
+    const Tree no_port(read_data("topology/metax_pairs.tree"));
+    constexpr const char *kNic = "/sys/class/infiniband/mlx5_0";
+    ASSERT_NE(std::filesystem::remove_all(no_port.root() + kNic + "/ports"), 0U);
+    const Found found = gate_of(no_port);
+    EXPECT_NE(found.status, MEP_OK);
+    EXPECT_NE(found.problem.find("NIC mlx5_0 has no port"), std::string::npos) << found.problem;
+    EXPECT_NE(found.problem.find("MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1"), std::string::npos);
+    setenv("MOONCAKE_EP_MACA_ALLOW_NODE_P2P", "1", 1);
+    EXPECT_EQ(gate_of(no_port).status, MEP_OK);
+    unsetenv("MOONCAKE_EP_MACA_ALLOW_NODE_P2P");
 }
 
 }  // namespace
