@@ -160,8 +160,7 @@ class Cpu : public Device {
         return MEP_OK;
     }
     mep_status_t read(void *host, const void *device, size_t bytes) override {
-        std::memcpy(host, device, bytes);
-        return MEP_OK;
+        return peek(host, device, bytes);
     }
 
     mep_status_t peek(void *host, const void *device, size_t bytes) override {

@@ -85,11 +85,16 @@ mep_status_t Group::update(const mep_group_config_t &given) {
     std::vector<Buffer::Renewal> renewals(buffers_.size());
     for (size_t i = 0; i < buffers_.size(); ++i)
         EP_TRY(buffers_[i]->prepare(next.get(), &renewals[i]));
-    // All have said of the last step that it went well: nobody goes back from here on.
-    for (size_t i = 0; i < buffers_.size(); ++i)
-        EP_TRY(buffers_[i]->adopt(*next, std::move(renewals[i])));
-    next->settle(timeout_us_);
-    formation_ = std::move(next);  // after the buffers let go of the old one's engines
+    {
+        // All have said of the last step that it went well: nobody goes back from here on. Nor does
+        // anyone change the timeout of what goes.
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (size_t i = 0; i < buffers_.size(); ++i)
+            EP_TRY(buffers_[i]->adopt(*next, std::move(renewals[i])));
+        next->settle(timeout_us_);
+        formation_.swap(next);  // after the buffers let go of the old one's engines
+    }
+    next.reset();
     log(MEP_LOG_INFO, "rank %d of %d: update %llu of the group", rank(), rank_count(),
         static_cast<unsigned long long>(formation_->generation()));
     return MEP_OK;
@@ -102,7 +107,7 @@ mep_status_t Group::all_gather(const void *send, void *receive, size_t bytes) {
 
 mep_status_t Group::set_timeout(int64_t timeout_us) {
     const int64_t chosen = timeout_us == 0 ? kTimeoutDefaultUs : timeout_us;
-    const std::lock_guard<std::mutex> lock(buffers_mutex_);
+    const std::lock_guard<std::mutex> lock(mutex_);
     for (Buffer *buffer : buffers_)
         EP_TRY(buffer->set_timeout(chosen));
     timeout_us_ = chosen;
@@ -111,12 +116,12 @@ mep_status_t Group::set_timeout(int64_t timeout_us) {
 }
 
 void Group::add(Buffer *buffer) {
-    const std::lock_guard<std::mutex> lock(buffers_mutex_);
+    const std::lock_guard<std::mutex> lock(mutex_);
     buffers_.push_back(buffer);
 }
 
 void Group::remove(Buffer *buffer) {
-    const std::lock_guard<std::mutex> lock(buffers_mutex_);
+    const std::lock_guard<std::mutex> lock(mutex_);
     buffers_.erase(std::remove(buffers_.begin(), buffers_.end(), buffer), buffers_.end());
 }
 

@@ -62,8 +62,8 @@ class Group {
     bool left_ = false, told_of_masks_ = false;
     const Backend *backend_ = nullptr;
     std::shared_ptr<Device> device_;
+    std::mutex mutex_;  // of what another thread than the caller's may use: set_timeout() does
     std::unique_ptr<Formation> formation_;
-    std::mutex buffers_mutex_;
     std::vector<Buffer *> buffers_;
 };
 

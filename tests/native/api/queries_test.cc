@@ -2,8 +2,10 @@
 #include "support/abi.h"
 #include "support/tidy.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 
 namespace ep::test {
 namespace {
@@ -139,6 +141,22 @@ TEST_F(Queries, WindowOfADecodeBufferFitsIn32Megabytes) {
     sizes.struct_size = sizeof sizes;
     EXPECT_EQ(mep_buffer_query_sizes(&config, 2, &sizes), MEP_OK);
     EXPECT_LE(sizes.window_bytes, 32'000'000U);
+}
+
+// ThreadSanitizer sees what they share.
+TEST_F(Queries, ATimeoutIsSetByOneThreadWhileAnotherUpdatesTheGroup) {
+    const Alone alone(buffer_config(1));
+    std::atomic<bool> updated{false};
+    std::thread setter([&] {
+        for (int64_t i = 0; !updated; ++i)
+            EXPECT_EQ(mep_group_set_timeout(alone.group.get(), 10'000'000 + i % 7), MEP_OK);
+    });
+    mep_group_config_t config{};
+    config.struct_size = sizeof config;
+    for (int i = 0; i < 50; ++i)
+        EXPECT_EQ(mep_group_update(alone.group.get(), &config), MEP_OK) << mep_last_error();
+    updated = true;
+    setter.join();
 }
 
 TEST_F(Queries, NameEveryStatus) {
