@@ -314,7 +314,8 @@ MEP_API void mep_world_destroy(mep_world_t *world);
  *                MASTER_PORT. Rank 0 listens on MASTER_ADDR at MASTER_PORT +
  *                MOONCAKE_EP_PORT_OFFSET (default 1, because torchrun itself uses MASTER_PORT).
  *                rank and rank_count must be zero or agree with the variables.
- *                MOONCAKE_EP_SECRET, if set, must be the same on all ranks.
+ *                MOONCAKE_EP_SECRET, if set, must be the same on all ranks; without it ranks of
+ *                other users of a machine are refused there.
  */
 typedef struct mep_group_config {
     uint32_t struct_size;

@@ -2,7 +2,9 @@
 
 #include <arpa/inet.h>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -130,13 +132,52 @@ int open_listener(Endpoint endpoint, int backlog, Descriptor *listener) {
     return 0;
 }
 
-int local_endpoint(int descriptor, Endpoint *endpoint) {
+namespace {
+
+// Of one end, as `ask`, getsockname or getpeername, tells it.
+int endpoint_by(int (*ask)(int, sockaddr *, socklen_t *), int descriptor, Endpoint *endpoint) {
     sockaddr_in address = {};
     socklen_t size = sizeof address;
-    if (::getsockname(descriptor, reinterpret_cast<sockaddr *>(&address), &size) != 0) return errno;
+    if (ask(descriptor, reinterpret_cast<sockaddr *>(&address), &size) != 0) return errno;
     if (size != sizeof address || address.sin_family != AF_INET) return EAFNOSUPPORT;
     *endpoint = {address.sin_addr.s_addr, ntohs(address.sin_port)};
     return 0;
+}
+
+int remote_endpoint(int descriptor, Endpoint *endpoint) {
+    return endpoint_by([](int number, sockaddr *address,
+                          socklen_t *size) { return ::getpeername(number, address, size); },
+                       descriptor, endpoint);
+}
+
+}  // namespace
+
+int local_endpoint(int descriptor, Endpoint *endpoint) {
+    return endpoint_by([](int number, sockaddr *address,
+                          socklen_t *size) { return ::getsockname(number, address, size); },
+                       descriptor, endpoint);
+}
+
+std::optional<uint32_t> user_at_other_end(int descriptor) {
+    Endpoint here, there;
+    if (local_endpoint(descriptor, &here) != 0 || remote_endpoint(descriptor, &there) != 0)
+        return std::nullopt;
+    if (here.ipv4 != there.ipv4) return std::nullopt;
+    std::ifstream sockets("/proc/net/tcp");
+    std::string line;
+    while (std::getline(sockets, line)) {
+        // number: local address, remote address, state, queues, timers, retries, user, ...
+        Endpoint local = {}, remote = {};
+        unsigned local_port = 0, remote_port = 0, state = 0, user = 0;
+        if (std::sscanf(line.c_str(), " %*d: %x:%x %x:%x %x %*x:%*x %*x:%*x %*x %u", &local.ipv4,
+                        &local_port, &remote.ipv4, &remote_port, &state, &user) != 6)
+            continue;
+        constexpr unsigned kEstablished = 1;
+        if (state == kEstablished && local.ipv4 == there.ipv4 && local_port == there.port &&
+            remote.ipv4 == here.ipv4 && remote_port == here.port)
+            return user;
+    }
+    return std::nullopt;
 }
 
 int accept_one(int listener, Descriptor *accepted) {

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <poll.h>
 #include <string>
 
@@ -70,6 +71,11 @@ int resolve_ipv4(const std::string &host, uint32_t *ipv4);
 int open_listener(Endpoint endpoint, int backlog, Descriptor *listener);
 
 int local_endpoint(int descriptor, Endpoint *endpoint);
+
+// The user at the other end of an established connection, if that end is on this machine too, at
+// the same address, and the system tells (proc(5), net/tcp). Asked by the end that was accepted, or
+// once it was.
+std::optional<uint32_t> user_at_other_end(int descriptor);
 
 // EAGAIN: nobody is waiting.
 int accept_one(int listener, Descriptor *accepted);

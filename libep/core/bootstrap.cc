@@ -515,11 +515,11 @@ mep_status_t bootstrap_from_unique_id(Membership membership, const mep_unique_id
     IdContent content;
     EP_TRY(read_id(id, &content));
     if (membership.rank != 0)
-        return tcp_join({content.ipv4, content.port}, membership, content.secret, deadline,
+        return tcp_join({content.ipv4, content.port}, membership, {content.secret, false}, deadline,
                         bootstrap);
     Descriptor listener;
     EP_TRY(adopt_listener(content, &listener));
-    return tcp_host(std::move(listener), membership.rank_count, content.secret, deadline,
+    return tcp_host(std::move(listener), membership.rank_count, {content.secret, false}, deadline,
                     bootstrap);
 }
 
@@ -540,13 +540,14 @@ mep_status_t bootstrap_from_environment(Membership *membership, const Deadline &
     } else {
         Endpoint endpoint = {0, static_cast<uint16_t>(environment.port)};
         EP_TRY(resolve_master(environment.address, deadline, &endpoint.ipv4));
-        const Secret secret = secret_from_text(env_text("MOONCAKE_EP_SECRET"));
+        const std::string text = env_text("MOONCAKE_EP_SECRET");
+        const Admission admission{secret_from_text(text), text.empty()};
         Descriptor listener;
         if (found.rank == 0) {
             EP_TRY(listen_for_peers(endpoint, deadline, &listener));
-            EP_TRY(tcp_host(std::move(listener), found.rank_count, secret, deadline, bootstrap));
+            EP_TRY(tcp_host(std::move(listener), found.rank_count, admission, deadline, bootstrap));
         } else {
-            EP_TRY(tcp_join(endpoint, found, secret, deadline, bootstrap));
+            EP_TRY(tcp_join(endpoint, found, admission, deadline, bootstrap));
         }
     }
     *membership = found;

@@ -13,8 +13,10 @@
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <poll.h>
 #include <string>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -54,6 +56,17 @@ std::string step_text(uint64_t sequence) {
     return "take part in all-gather " + std::to_string(sequence);
 }
 
+// Is the rank at the other end of a connection of this process's user, if it is on this machine?
+mep_status_t check_user(int socket, int rank, const Admission &admission) {
+    if (!admission.own_user) return MEP_OK;
+    const std::optional<uint32_t> user = user_at_other_end(socket);
+    if (!user.has_value() || *user == ::geteuid()) return MEP_OK;
+    return fail(MEP_BOOTSTRAP_FAILED,
+                "rank %d is of user %u of this machine, and this rank of user %u; if they belong "
+                "together, set MOONCAKE_EP_SECRET to the same text for both",
+                rank, *user, ::geteuid());
+}
+
 // ---- The hub ------------------------------------------------------------------------------------
 
 // What rank 0 knows of another rank.
@@ -77,8 +90,8 @@ struct Stranger {
 
 class Hub : public Bootstrap {
   public:
-    Hub(int rank_count, const Secret &secret)
-        : rank_count_(rank_count), secret_(secret), peers_(rank_count) {
+    Hub(int rank_count, const Admission &admission)
+        : rank_count_(rank_count), admission_(admission), peers_(rank_count) {
         peers_[0].arrived = true;
     }
 
@@ -111,7 +124,7 @@ class Hub : public Bootstrap {
     mep_status_t break_off(mep_status_t status);
 
     const int rank_count_;
-    const Secret secret_;
+    const Admission admission_;
     uint64_t sequence_ = kJoinSequence;
     std::vector<Peer> peers_;          // by rank; [0] has no socket
     std::vector<Stranger> strangers_;  // oldest first
@@ -189,7 +202,9 @@ bool Hub::is_done(Stranger *stranger) {
         return true;
     }
     if (count < sizeof hello) return error != 0 || stranger->deadline.passed();
-    if (const mep_status_t status = judge(hello); status != MEP_OK)
+    mep_status_t status = judge(hello);
+    if (status == MEP_OK) status = check_user(stranger->socket.number(), hello.rank, admission_);
+    if (status != MEP_OK)
         refuse(*stranger, status);
     else
         accept(stranger);
@@ -200,7 +215,7 @@ mep_status_t Hub::judge(const Hello &hello) const {
     if (hello.version != kVersion)
         return fail(MEP_MISMATCH, "library version %d of rank %d differs from rank 0's, %d",
                     hello.version, hello.rank, kVersion);
-    if (!equal_secrets(hello.secret, secret_))
+    if (!equal_secrets(hello.secret, admission_.secret))
         return fail(MEP_BOOTSTRAP_FAILED, "the secret of rank %d differs from rank 0's",
                     hello.rank);
     if (hello.rank_count != rank_count_)
@@ -400,6 +415,8 @@ class Spoke : public Bootstrap {
     mep_status_t greet(const Secret &secret, const Deadline &deadline);
     // The connection ended before the hub had said anything: it may be worth another try.
     bool is_unheard() const { return is_unheard_; }
+    // Once it has, as only then it is known whose it is.
+    mep_status_t check_hub(const Admission &admission);
     // Returns when all ranks have joined.
     mep_status_t await_all(const Deadline &deadline);
 
@@ -428,6 +445,11 @@ mep_status_t Spoke::greet(const Secret &secret, const Deadline &deadline) {
     const Hello hello = {kHelloMagic, kProtocol, kVersion, membership_.rank, membership_.rank_count,
                          secret};
     return converse({{&hello, sizeof hello}, {nullptr, 0}}, nullptr, deadline);
+}
+
+mep_status_t Spoke::check_hub(const Admission &admission) {
+    const mep_status_t status = check_user(socket_.number(), 0, admission);
+    return status == MEP_OK ? MEP_OK : end(status);
 }
 
 mep_status_t Spoke::await_all(const Deadline &deadline) {
@@ -534,15 +556,15 @@ mep_status_t Spoke::end(mep_status_t status) {
 
 }  // namespace
 
-mep_status_t tcp_host(Descriptor listener, int rank_count, const Secret &secret,
+mep_status_t tcp_host(Descriptor listener, int rank_count, const Admission &admission,
                       const Deadline &deadline, std::unique_ptr<Bootstrap> *bootstrap) {
-    auto hub = std::make_unique<Hub>(rank_count, secret);
+    auto hub = std::make_unique<Hub>(rank_count, admission);
     EP_TRY(hub->join(std::move(listener), deadline));
     *bootstrap = std::move(hub);
     return MEP_OK;
 }
 
-mep_status_t tcp_join(Endpoint hub, Membership membership, const Secret &secret,
+mep_status_t tcp_join(Endpoint hub, Membership membership, const Admission &admission,
                       const Deadline &deadline, std::unique_ptr<Bootstrap> *bootstrap) {
     int pause_ms = kRetryMsMin;
     for (;;) {
@@ -550,8 +572,9 @@ mep_status_t tcp_join(Endpoint hub, Membership membership, const Secret &secret,
         const int error = connect_to(hub, deadline.within(kConnectTimeoutUs), &socket);
         if (error == 0) {
             auto spoke = std::make_unique<Spoke>(std::move(socket), membership);
-            const mep_status_t status = spoke->greet(secret, deadline);
+            const mep_status_t status = spoke->greet(admission.secret, deadline);
             if (status == MEP_OK) {
+                EP_TRY(spoke->check_hub(admission));
                 EP_TRY(spoke->await_all(deadline));
                 *bootstrap = std::move(spoke);
                 return MEP_OK;

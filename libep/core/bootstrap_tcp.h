@@ -107,12 +107,19 @@ static_assert(sizeof(Reply) == 32, "no padding travels");
 // Connections that may wait on a listener before rank 0 takes them.
 constexpr int kListenBacklog = MEP_RANK_COUNT_MAX;
 
+// Who may join: whoever knows the secret. With `own_user`, for a secret that everybody knows,
+// others on this machine than this process's user may not.
+struct Admission {
+    Secret secret;
+    bool own_user;
+};
+
 // Rank 0: returns when all other ranks have joined over `listener`, which is closed then.
-mep_status_t tcp_host(Descriptor listener, int rank_count, const Secret &secret,
+mep_status_t tcp_host(Descriptor listener, int rank_count, const Admission &admission,
                       const Deadline &deadline, std::unique_ptr<Bootstrap> *bootstrap);
 
 // Any other rank: returns when all ranks have joined rank 0, which listens at `hub` or soon will.
-mep_status_t tcp_join(Endpoint hub, Membership membership, const Secret &secret,
+mep_status_t tcp_join(Endpoint hub, Membership membership, const Admission &admission,
                       const Deadline &deadline, std::unique_ptr<Bootstrap> *bootstrap);
 
 }  // namespace ep

@@ -515,9 +515,9 @@ class TcpJoin : public Leakless {
 
     mep_status_t make(Membership membership, int64_t timeout_us, BootstrapPointer *bootstrap) {
         if (membership.rank == 0)
-            return tcp_host(std::move(listener_), membership.rank_count, secret_,
+            return tcp_host(std::move(listener_), membership.rank_count, {secret_, false},
                             Deadline(timeout_us), bootstrap);
-        return tcp_join(hub_, membership, secret_, Deadline(timeout_us), bootstrap);
+        return tcp_join(hub_, membership, {secret_, false}, Deadline(timeout_us), bootstrap);
     }
 
     Outcome join(Membership membership, int64_t timeout_us) {
