@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mooncake_ep import backend_info
-from mooncake_ep.cli import spawn
+from mooncake_ep.cli import main, spawn
 from mooncake_ep.cli.errors import RankFailedError, UserError
+from mooncake_ep.cli.files import cannot_write, check_writable
 
 if TYPE_CHECKING:
     from mooncake_ep.cli.rank import RankContext
@@ -393,6 +395,8 @@ def test_bench_draws_one_rank_that_has_no_link(tmp_path: Path) -> None:
         (("demo", "--plot", "picture.bmp"), ".png, .pdf, .svg"),
         (("bench", "--json", "/nonexistent/file"), "/nonexistent"),
         (("bench", "--plot", "picture.bmp"), ".png, .pdf, .svg"),
+        (("bench", "--plot", "/proc/picture.png"), "--plot /proc/picture.png: "),
+        (("bench", "--json", "/proc/file"), "--json /proc/file: "),
         (("bench", "--sweep", "8,70000"), "70000"),
         (("bench", "--flush-l2"), "--flush-l2 goes only with --device cuda"),
         (("bench", "--sms", "8"), "--sms 8 goes only with --device cuda"),
@@ -400,6 +404,42 @@ def test_bench_draws_one_rank_that_has_no_link(tmp_path: Path) -> None:
 )
 def test_wrong_values_are_refused_in_one_line(arguments: tuple[str, ...], words: str) -> None:
     assert words in refuse(*arguments)
+
+
+@needs_numpy
+@pytest.mark.parametrize("command", ["topo", "demo", "bench"])
+def test_a_picture_that_cannot_be_written_is_refused_before_any_work(
+    command: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    assert refuse(command, "--plot", str(folder)).endswith(f"--plot {folder}: it is a folder")
+
+
+def test_to_look_whether_a_file_can_be_written_changes_none(tmp_path: Path) -> None:
+    old, new, link = tmp_path / "old", tmp_path / "new", tmp_path / "link"
+    old.write_text("kept")
+    link.symlink_to("nothing")
+    for path in (old, new, link):
+        check_writable("--json", path)
+    assert old.read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "old"]
+
+
+@needs_numpy
+def test_a_picture_that_fails_leaves_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(path: Path, report: dict[str, Any]) -> None:
+        raise cannot_write("--plot", path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    monkeypatch.setattr("mooncake_ep.cli.plot.check_matplotlib", lambda: None)
+    monkeypatch.setattr("mooncake_ep.cli.bench_plot.draw", draw)
+    picture = tmp_path / "bench.png"
+    assert main([*_SMALL_BENCH, "--sweep", "4", "--plot", str(picture)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"mooncake-ep: error: --plot {picture}: No space left on device\n"
+    assert "config: ranks=2 tokens=4" in shown.out
 
 
 @needs_numpy

@@ -134,12 +134,24 @@ def test_topo_draws(tmp_path: Path) -> None:
     assert all(f"<!-- {word} -->" in drawn for word in ("GPU0", "GPU7", "mlx5_11", "NV18", "PIX"))
 
 
+def test_a_filter_that_names_no_nic_is_refused_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOONCAKE_EP_DEVICE_FILTER", "mlx5_99")
+    root, picture = unpack("pcie_4", tmp_path / "tree"), tmp_path / "topology.png"
+    line = refuse("topo", "--root", str(root), "--plot", str(picture))
+    assert 'MOONCAKE_EP_DEVICE_FILTER: the NIC filter "mlx5_99" names "mlx5_99"' in line
+    assert not picture.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--load", "missing.topology"), "missing.topology"),
         (("--smi", "nvidia-smi"), "TOOL=FILE"),
         (("--root", "missing-root"), "missing-root"),
+        (("--plot", "/proc/picture.png"), "--plot /proc/picture.png: "),
+        (("--save", "/proc/text"), "--save /proc/text: "),
     ],
 )
 def test_topo_refuses(arguments: tuple[str, ...], message: str) -> None:

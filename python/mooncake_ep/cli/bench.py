@@ -11,6 +11,7 @@ from typing import Any
 
 from . import bench_plot, bench_report, plot
 from .errors import UserError
+from .files import cannot_write, check_writable
 from .sizes import (
     add_api_arguments,
     add_device_argument,
@@ -182,11 +183,10 @@ def _check(arguments: argparse.Namespace) -> None:
         if arguments.sms is not None:
             raise UserError(f"--sms {arguments.sms} goes only with --device cuda: a CPU has no SMs")
     if arguments.json not in (None, "-"):
-        folder = Path(arguments.json).resolve().parent
-        if not folder.is_dir():
-            raise UserError(f"--json {arguments.json}: there is no folder {folder}")
+        check_writable("--json", Path(arguments.json))
     if arguments.plot is not None:
         plot.check_path(arguments.plot)
+        plot.check_matplotlib()
 
 
 def _powers_of_two(largest: int) -> list[int]:
@@ -195,14 +195,22 @@ def _powers_of_two(largest: int) -> list[int]:
 
 
 def _report(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
-    if arguments.plot is not None:
-        bench_plot.draw(arguments.plot, report)
+    """Print first: what was measured is not lost then, should a file or the picture fail."""
     if arguments.json == "-":
         json.dump(report, sys.stdout, indent=2)
         print()
-        return
-    bench_report.show(report)
-    if arguments.json is not None:
-        Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+    else:
+        bench_report.show(report)
+    if arguments.json not in (None, "-"):
+        _write_json(Path(arguments.json), report)
     if arguments.plot is not None:
-        print(f"plot: {arguments.plot}")
+        bench_plot.draw(arguments.plot, report)
+        if arguments.json != "-":
+            print(f"plot: {arguments.plot}")
+
+
+def _write_json(path: Path, report: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise cannot_write("--json", path, error) from None

@@ -45,8 +45,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
             panel.set_xticks(tokens, [str(count) for count in tokens])
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plot.write(path, figure)
 
 
 def title(report: dict[str, Any]) -> str:

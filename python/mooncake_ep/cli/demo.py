@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     launch = launch_from(arguments, label="demo")
     if arguments.plot is not None:
         plot.check_path(arguments.plot)
+        plot.check_matplotlib()
     sizes = sizes_from(arguments, rank_count=launch.rank_count)
     shards, source = _shards(arguments.text, sizes)
     if launch.reports:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import cannot_write, check_writable
 
 _SUFFIXES = (".png", ".pdf", ".svg")
 _COLORS = {
@@ -24,11 +25,14 @@ Span = tuple[str, float, float]
 
 
 def check_path(path: Path) -> None:
-    """Refuse a file that cannot be drawn, before any work is done."""
+    """Refuse a file that cannot be drawn."""
     if path.suffix not in _SUFFIXES:
         raise UserError(f"--plot {path}: the name has to end in {', '.join(_SUFFIXES)}")
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"--plot {path}: there is no folder {path.resolve().parent}")
+    check_writable("--plot", path)
+
+
+def check_matplotlib() -> None:
+    """Refuse to draw where nothing draws."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib: pip install 'mooncake-ep[plot]'")
 
@@ -39,6 +43,16 @@ def pyplot_for_files() -> Any:
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     return importlib.import_module("matplotlib.pyplot")
+
+
+def write(path: Path, figure: Any) -> None:
+    """Write a figure into a file whose suffix names the format, and forget the figure."""
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:  # it could be written before; a disk may be full by now
+        raise cannot_write("--plot", path, error) from None
+    finally:
+        pyplot_for_files().close(figure)
 
 
 def draw(path: Path, *, counts: list[list[int]], spans: list[list[Span]], title: str) -> None:
@@ -64,5 +78,4 @@ def draw(path: Path, *, counts: list[list[int]], spans: list[list[Span]], title:
     time_line.legend(handles, _COLORS, fontsize="small", ncols=len(_COLORS), loc="upper center")
     time_line.set(xlabel="ms", ylabel="rank", yticks=range(len(spans)))
     time_line.set_ylim(len(spans) - 0.5, -1.5)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    write(path, figure)

@@ -11,7 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import plot
 from .errors import UserError
+from .files import cannot_write
 
 if TYPE_CHECKING:
     from mooncake_ep import Topology
@@ -64,17 +66,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Read, and print, save or draw."""
     if arguments.plot is not None:
-        from .plot import check_path
-
-        check_path(arguments.plot)
+        plot.check_path(arguments.plot)
     topology = _topology(arguments)
+    facts = describe(topology)
+    if arguments.plot is not None:
+        plot.check_matplotlib()
     if arguments.save is not None:
         _write(arguments.save, topology.text)
     if arguments.plot is not None:
         from .topo_plot import draw
 
         draw(arguments.plot, topology)
-    facts = describe(topology)
     print(json.dumps(facts, indent=2) if arguments.json else _matrix(topology, facts))
     return 0
 
@@ -189,4 +191,4 @@ def _write(path: Path, content: str) -> None:
     try:
         path.write_text(content)
     except OSError as error:
-        raise UserError(f"--save {path}: {error}") from None
+        raise cannot_write("--save", path, error) from None

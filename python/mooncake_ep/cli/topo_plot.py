@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .plot import pyplot_for_files
+from .plot import pyplot_for_files, write
 
 if TYPE_CHECKING:
     from mooncake_ep import Topology
@@ -49,8 +49,7 @@ def draw(path: Path, topology: Topology) -> None:
     axes.set_axis_off()
     if seen:
         axes.legend(seen.values(), seen.keys(), loc="lower right")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    write(path, figure)
 
 
 def _circle(count: int, radius: float) -> list[Point]:
