@@ -229,8 +229,9 @@ MEP_API mep_status_t mep_topology_text(const mep_topology_t *topology, const cha
 
 /**
  * The NIC for a GPU: the nearest by PCI path whose port is active, GPUs in their order, ties spread
- * over the NICs. `filter`: a comma list of NICs to choose from; NULL: MOONCAKE_EP_DEVICE_FILTER, or
- * all. *name is "" if no port is active; it lives until the next call with this topology. Local.
+ * over the NICs. `filter`: a comma list of NICs to choose from, "" for all; NULL:
+ * MOONCAKE_EP_DEVICE_FILTER, or all. *name is "" if no port is active; it lives until the next call
+ * with this topology. Local.
  * Errors: MEP_INVALID_ARGUMENT (no such GPU; names the NIC in the filter that does not exist).
  */
 MEP_API mep_status_t mep_topology_nic(mep_topology_t *topology, int32_t gpu, const char *filter,

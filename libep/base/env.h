@@ -4,7 +4,8 @@
 //   MOONCAKE_EP_PORT_OFFSET  added to MASTER_PORT; default 1
 //   MOONCAKE_EP_SECRET       must be the same on all ranks of a rendezvous by environment
 //   MOONCAKE_EP_CPU_THREADS  threads of a CPU rank
-//   MOONCAKE_EP_DEVICE_FILTER  the NICs to choose from, with commas in between
+//   MOONCAKE_EP_DEVICE_FILTER  the NICs to choose from, with commas in between; default: all.
+//                            A piece that names none, also a blank one, is an error
 //   MOONCAKE_EP_LINES        0: no messages by line, whatever the link; default 1
 //   MOONCAKE_EP_BULK_COPIES  0: no rows by bulk copies, whatever the device; default 1
 //   MOONCAKE_EP_DISABLE_P2P  1: reach no peer's memory; default 0

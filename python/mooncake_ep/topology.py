@@ -86,7 +86,8 @@ class Topology:
     def nic(self, gpu: int, only: str | None = None) -> str:
         """Name the NIC for a GPU: the nearest with an active port; "" for none.
 
-        ``only`` is a comma list of NICs to choose from; None: MOONCAKE_EP_DEVICE_FILTER, or all.
+        ``only`` is a comma list of NICs to choose from, "" for all; None: what
+        MOONCAKE_EP_DEVICE_FILTER says, or all.
         ValueError names a GPU or NIC that does not exist.
         """
         name = ffi.new("char **")

@@ -10,6 +10,8 @@ import pytest
 import mooncake_ep as ep
 from test_cli import refuse, succeed
 
+_FILTER = "MOONCAKE_EP_DEVICE_FILTER"
+_NIC = "nic mlx5_0 active ethernet pci0000:2a/0000:2b:00.0 numa 0"
 _DATA = Path(__file__).parent.parent / "data" / "topology"
 
 
@@ -64,7 +66,7 @@ def test_a_filter_narrows_the_choice_of_nics(
     assert topology.nic(0, only="mlx5_1") == "mlx5_1"
     with pytest.raises(ValueError, match="mlx5_7"):
         topology.nic(0, only="mlx5_0,mlx5_7")
-    monkeypatch.setenv("MOONCAKE_EP_DEVICE_FILTER", "mlx5_1")
+    monkeypatch.setenv(_FILTER, "mlx5_1")
     assert topology.nic(0) == "mlx5_1"
 
 
@@ -111,6 +113,36 @@ def test_topo_of_a_machine_without_gpus(tmp_path: Path) -> None:
     assert text.startswith("no GPU and no NIC; ")
 
 
+# A machine that has no GPU, or no GPU and no NIC, has nobody who would ask for the NIC of one.
+@pytest.mark.parametrize("lines", [["numa 0"], ["numa 0", _NIC]], ids=["no_nic", "a_nic"])
+@pytest.mark.parametrize("only", ["mlx5_99", "mlx5_0,mlx5_99", "mlx5_0,", " "])
+def test_topo_refuses_a_filter_that_names_no_nic_on_any_machine(
+    lines: list[str], only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = saved_topology(tmp_path, lines)
+    monkeypatch.setenv(_FILTER, only)
+    here = "mlx5_0" if _NIC in lines else "none"
+    wrong = only.split(",")[-1 if _NIC in lines else 0]
+    expected = f'{_FILTER}="{only}" names "{wrong}", but the NICs are: {here}'
+    assert refuse("topo", "--load", saved).endswith(expected)
+
+
+@pytest.mark.parametrize("only", ["", "mlx5_0", " mlx5_0 ", "mlx5_0,mlx5_0"])
+def test_topo_takes_a_filter_that_names_what_is_there(
+    only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = saved_topology(tmp_path, ["numa 0", _NIC])
+    monkeypatch.setenv(_FILTER, only)
+    assert "mlx5_0" in succeed("topo", "--load", saved)
+
+
+def saved_topology(folder: Path, lines: list[str]) -> str:
+    """Write the text of a machine with these lines."""
+    path = folder / "node.topology"
+    path.write_text("\n".join(["mooncake_ep topology 1", *lines, "end", ""]))
+    return str(path)
+
+
 def test_topo_saves_and_loads(tmp_path: Path) -> None:
     saved = tmp_path / "node.topology"
     root = unpack("nvlink_8", tmp_path / "tree")
@@ -137,10 +169,10 @@ def test_topo_draws(tmp_path: Path) -> None:
 def test_a_filter_that_names_no_nic_is_refused_before_anything_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MOONCAKE_EP_DEVICE_FILTER", "mlx5_99")
+    monkeypatch.setenv(_FILTER, "mlx5_99")
     root, picture = unpack("pcie_4", tmp_path / "tree"), tmp_path / "topology.png"
     line = refuse("topo", "--root", str(root), "--plot", str(picture))
-    assert 'MOONCAKE_EP_DEVICE_FILTER: the NIC filter "mlx5_99" names "mlx5_99"' in line
+    assert f'{_FILTER}="mlx5_99" names "mlx5_99"' in line
     assert not picture.exists()
 
 

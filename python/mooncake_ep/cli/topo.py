@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _TOOLS = ("nvidia-smi", "mx-smi")
 _TOOL_SECONDS_MAX = 60
+_FILTER = "MOONCAKE_EP_DEVICE_FILTER"
+_BLANKS = " \t\r\v\f"  # as the library has them
 _EXAMPLES = """\
 examples:
   mooncake-ep topo
@@ -68,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         plot.check_path(arguments.plot)
     topology = _topology(arguments)
+    _check_filter(topology)
     facts = describe(topology)
     if arguments.plot is not None:
         plot.check_matplotlib()
@@ -138,11 +142,21 @@ def _ask_tools(topology: Topology) -> None:
             print(f"mooncake-ep: {tool} is not used: {error}", file=sys.stderr)
 
 
+def _check_filter(topology: Topology) -> None:
+    """Refuse a name that no NIC has, also where no GPU will ask the library for one."""
+    only = os.environ.get(_FILTER, "")
+    known = [nic.name for nic in topology.nics]
+    for name in only.split(",") if only else ():
+        if name.strip(_BLANKS) not in known:
+            here = ", ".join(known) or "none"
+            raise UserError(f'{_FILTER}="{only}" names "{name}", but the NICs are: {here}')
+
+
 def _nic_of(topology: Topology, gpu: int) -> str:
     try:
         return topology.nic(gpu)
     except ValueError as error:
-        raise UserError(f"MOONCAKE_EP_DEVICE_FILTER: {error}") from None
+        raise UserError(f"{_FILTER}: {error}") from None
 
 
 def _matrix(topology: Topology, facts: dict[str, Any]) -> str:
