@@ -131,7 +131,7 @@ typedef struct mep_backend_info {
     int32_t available;    /**< 1: a group can be created on it now */
     int32_t device_count; /**< devices that this process sees; 1 on the CPU */
     uint32_t reserved;
-    const char *name;   /**< "cpu", "cuda" or "maca" */
+    const char *name;   /**< "cpu", "cuda" or "maca"; in a build for tests "maca (shim ...)" */
     const char *reason; /**< why it is not available; "" if it is */
 } mep_backend_info_t;
 

@@ -261,8 +261,9 @@ def _seconds(timeout_s: Any) -> float:
 class BackendInfo:
     """What this build and machine offer of one backend.
 
-    name: "cpu", "cuda" or "maca"; available: a group can be created on it now; device_count:
-    devices that this process sees, 1 on the CPU; reason: why it is not available, "" if it is.
+    name: "cpu", "cuda" or "maca", which says more in a build for tests, like "maca (shim over
+    CUDA)"; available: a group can be created on it now; device_count: devices that this process
+    sees, 1 on the CPU; reason: why it is not available, "" if it is.
     """
 
     name: str

@@ -12,11 +12,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import mooncake_ep
 from mooncake_ep import backend_info
 from mooncake_ep.cli import main, spawn
 from mooncake_ep.cli.errors import RankFailedError, UserError
@@ -90,6 +92,53 @@ def test_info_as_json_has_all_parts() -> None:
         assert facts["backends"][name]["available"] or facts["backends"][name]["reason"]
     assert facts["limits"]["topk"] == 32
     assert facts["machine"]["cores"] >= 1
+
+
+_SHIM = "maca (shim over CUDA)"
+
+
+@pytest.fixture
+def shim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the library one that has its MACA backend over a shim."""
+    real = mooncake_ep.backend_info
+
+    def answer(backend: str) -> mooncake_ep.BackendInfo:
+        if backend != "maca":
+            return real(backend)
+        return mooncake_ep.BackendInfo(_SHIM, available=True, device_count=1, reason="")
+
+    monkeypatch.setattr(mooncake_ep, "backend_info", answer)
+
+
+@pytest.mark.usefixtures("shim")
+def test_info_says_that_maca_is_a_shim(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert f"\nbackend    {_SHIM} available, 1 device\n" in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"]["maca"]["name"] == _SHIM
+
+
+@needs_numpy
+@pytest.mark.usefixtures("shim")
+def test_what_ran_over_a_shim_is_not_called_maca(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = spawn.run_ranks
+
+    def run_on_cpu(target: str, options: dict[str, Any], launch: spawn.Launch) -> Any:
+        on_cpu = target.replace("bench_gpu_rank", "bench_rank")
+        return ran(on_cpu, options, replace(launch, device="cpu"))
+
+    for command in ("info", "smoke", "bench"):
+        monkeypatch.setattr(f"mooncake_ep.cli.{command}.run_ranks", run_on_cpu)
+    on_maca = ("--device", "maca", "--world-size", "1")
+    for command, shown in (
+        (("info",), f"group      1 ranks on {_SHIM}, "),
+        (("smoke", *_SMALL), f"topk=2 device={_SHIM}\n"),
+        ((*_SMALL_BENCH, "--no-baselines"), f"topk=2 backend={_SHIM}\n"),
+    ):
+        assert main([*command, *on_maca]) == 0
+        assert shown in capsys.readouterr().out
 
 
 def test_info_shows_how_ranks_reach_each_other() -> None:

@@ -167,7 +167,9 @@ def run(arguments: argparse.Namespace) -> int:
     results = run_ranks(f"mooncake_ep.cli.{target}", options, launch)
     if launch.reports:
         sweep = [replace(sizes, tokens=number) for number in tokens]
-        _report(arguments, bench_report.make(arguments, sweep, results))
+        _report(
+            arguments, bench_report.make(arguments, sweep, results, backend=launch.backend_name)
+        )
     return 0
 
 

@@ -20,7 +20,11 @@ _HEADER_BYTES = 32
 
 
 def make(
-    arguments: argparse.Namespace, sweep: list[Sizes], results: list[dict[str, Any]]
+    arguments: argparse.Namespace,
+    sweep: list[Sizes],
+    results: list[dict[str, Any]],
+    *,
+    backend: str,
 ) -> dict[str, Any]:
     """Put the results of all ranks together.
 
@@ -39,7 +43,7 @@ def make(
             "hidden": largest.hidden,
             "experts": largest.experts,
             "topk": largest.topk,
-            "backend": arguments.device,
+            "backend": backend,
             "payload": largest.payload,
             "seed": largest.seed,
             "rounds": arguments.rounds,

@@ -91,7 +91,7 @@ def _group(arguments: argparse.Namespace) -> dict[str, Any] | None:
     ranks = run_ranks("mooncake_ep.cli.info_rank:run", {}, launch)
     if not launch.reports:
         return None
-    return {"device": launch.device, "transports": [rank["transports"] for rank in ranks]}
+    return {"device": launch.backend_name, "transports": [rank["transports"] for rank in ranks]}
 
 
 def _package() -> Any:
@@ -115,6 +115,7 @@ def _backends() -> dict[str, Any]:
     for name in ("cpu", "cuda", "maca"):
         info = _package().backend_info(name)
         found[name] = {
+            "name": info.name,
             "available": bool(info.available),
             "device_count": int(info.device_count),
             "reason": info.reason,
@@ -200,14 +201,14 @@ def _python() -> dict[str, Any]:
 def _print(facts: dict[str, Any]) -> None:
     print(f"mooncake_ep {facts['version']}")
     print(f"library    {facts['library']}")
-    for name, backend in facts["backends"].items():
+    for backend in facts["backends"].values():
         devices = f"{backend['device_count']} device{'s' if backend['device_count'] != 1 else ''}"
         state = (
             f"available, {devices}"
             if backend["available"]
             else f"not available: {backend['reason']}"
         )
-        print(f"backend    {name:<6s}{state}")
+        print(f"backend    {backend['name']:<5s} {state}")
     print(f"rdma       IBGDA unavailable, using P2P-only path: {facts['rdma']['reason']}")
     print("limits     " + ", ".join(f"{name} {value}" for name, value in facts["limits"].items()))
     machine = facts["machine"]

@@ -98,7 +98,7 @@ def _place(device: str, rank: int) -> dict[str, Any]:
 
     info = backend_info(device)
     if not info.available:
-        raise UserError(f"--device {device}: not available here: {info.reason}")
+        raise UserError(f"--device {device}: {info.name} is not available here: {info.reason}")
     return {"backend": device, "device_id": rank % info.device_count}
 
 

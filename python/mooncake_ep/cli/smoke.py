@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.hash:
         for rank, result in enumerate(results):
             print(f"hash rank={rank} sha256={result['sha256']}")
-    on_device = "" if launch.device == "cpu" else f" device={launch.device}"
+    on_device = "" if launch.device == "cpu" else f" device={launch.backend_name}"
     by_api = "" if control is None else f" api=compat backend={control}"
     print(
         f"smoke ok ranks={sizes.rank_count} tokens={sizes.tokens} hidden={sizes.hidden} "
