@@ -1,4 +1,4 @@
-// The transport of every pair, from facts that stand for groups of up to 512 ranks.
+// The transport of every pair, case by case; simulated_groups_test.cc asks it of whole clusters.
 #include "transport/facts.h"
 
 #include <algorithm>
