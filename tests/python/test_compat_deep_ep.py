@@ -46,6 +46,10 @@ def test_the_same_without_the_memory_of_peers(team: Team, payload: str) -> None:
     team.run(bodies.rounds, "hook", payload, False)
 
 
+def test_switches_of_fp8_mean_nothing_to_bfloat16(team: Team) -> None:
+    team.run(bodies.no_scales)
+
+
 def test_zero_copy_takes_what_was_written_to_the_combine_buffer(team: Team) -> None:
     team.run(bodies.zero_copy)
 
@@ -86,7 +90,6 @@ def test_what_clients_call_besides_is_there(team: Team) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], int, str]] = [
-    ({"use_fp8": False, "round_scale": True}, 512, "ValueError: round_scale is True"),
     ({"use_ue8m0": True}, 512, "ValueError: use_ue8m0 is True"),
     (
         {"use_ue8m0": True, "round_scale": True},

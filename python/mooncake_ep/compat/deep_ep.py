@@ -191,8 +191,8 @@ class Buffer:
                 waited for each rank, and were not told before.
             use_fp8: cast to float8_e4m3fn on the way, with a scale for each 128 channels of a
                 token.
-            round_scale: round scales up to powers of two.
-            use_ue8m0: pack the exponents of four such scales into an int32.
+            round_scale: round scales up to powers of two. Ignored without use_fp8.
+            use_ue8m0: pack the exponents of four such scales into an int32. Ignored likewise.
             async_finish: let the caller's stream go on.
             return_recv_hook: return once it is sent.
 
@@ -215,7 +215,9 @@ class Buffer:
         tokens = check.integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
         experts = check.experts("num_experts", num_experts, self.group_size)
         mode = Mode.of(async_finish, return_recv_hook)
-        _check_scales(use_fp8, round_scale, use_ue8m0)
+        use_ue8m0 = use_fp8 and use_ue8m0  # clients that send bfloat16 give it all the same
+        if use_ue8m0 and not round_scale:
+            raise ValueError("use_ue8m0 is True, and round_scale, which it needs, is not")
         rows, hidden = check.tokens(x, tokens, use_fp8)
         if use_ue8m0 and hidden % _CHANNELS_OF_PACK:
             rule = f"is not a multiple of {_CHANNELS_OF_PACK} with use_ue8m0"
@@ -405,13 +407,6 @@ class _Packed:
         self._memory.copy_(exponents[:, :, 0])
         for index in range(1, _PACK):
             self._memory.bitwise_or_(exponents[:, :, index] << 8 * index)
-
-
-def _check_scales(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> None:
-    if round_scale and not use_fp8:
-        raise ValueError("round_scale is True, and use_fp8, which makes scales, is not")
-    if use_ue8m0 and not round_scale:
-        raise ValueError("use_ue8m0 is True, and round_scale, without which it cannot be, is not")
 
 
 def _check_stats(name: str, value: Any, dtype: torch.dtype, shape: tuple[int], x: Any) -> None:
