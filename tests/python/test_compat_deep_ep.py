@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +22,14 @@ import compat_deep_ep_bodies as bodies  # noqa: E402
 import compat_rank  # noqa: E402
 import mooncake_ep as ep  # noqa: E402
 from compat_rank import Team  # noqa: E402
-from mooncake_ep.compat import deep_ep, enter_alias, leave_alias  # noqa: E402
-from mooncake_ep.compat.deep_ep import Buffer  # noqa: E402
+from mooncake_ep.compat import (  # noqa: E402
+    deep_ep,
+    enter_alias,
+    install_alias,
+    leave_alias,
+    remove_alias,
+)
+from mooncake_ep.compat.deep_ep import Buffer, Config  # noqa: E402
 
 MODES = ["now", "async", "hook"]
 
@@ -161,6 +171,56 @@ def test_the_size_hint_is_what_the_core_takes() -> None:
     assert Buffer.get_low_latency_rdma_size_hint(128, 7168, 2, 256) == sizes.window_bytes
 
 
+# vLLM's and SGLang's, of DeepEP 1 and 2.
+IMPORT_LINES = [
+    "from deep_ep import Buffer, Config",
+    "from deep_ep.buffer import Buffer, Config",
+    "from deep_ep.buffers.legacy import Buffer",
+    "from deep_ep.utils import EventHandle, EventOverlap",
+    "import deep_ep.buffers.legacy; deep_ep.buffers.legacy.Buffer; deep_ep.utils.EventOverlap",
+    "import deep_ep\nclass Prepare:\n    def config(self) -> deep_ep.Config | None: ...",
+]
+
+
+def test_normal_mode_is_configured_and_not_done() -> None:
+    for config in (Buffer.get_dispatch_config(16), Buffer.get_combine_config(16), Config()):
+        assert (config.num_sms, config.num_max_nvl_chunked_recv_tokens) == (20, 256)
+        assert config.get_nvl_buffer_size_hint(14336, 16) == 0
+        assert config.get_rdma_buffer_size_hint(hidden_bytes=14336, num_ranks=16) == 0
+    given = Config(24, 8, 512, num_max_rdma_chunked_send_tokens=9)
+    assert (given.num_sms, given.num_max_nvl_chunked_send_tokens) == (24, 8)
+    assert given.num_max_rdma_chunked_send_tokens == 9
+    with pytest.raises(TypeError, match="num_sms is a str"):
+        Config("20")  # type: ignore[arg-type]
+    buffer = object.__new__(Buffer)
+    for call in (
+        lambda: buffer.get_dispatch_layout(None, 8),
+        lambda: buffer.dispatch(None, topk_idx=None, config=given),
+        lambda: buffer.combine(None, None),
+    ):
+        with pytest.raises(NotImplementedError, match="normal mode, which is not here: use low_"):
+            call()
+    assert "expert_alignment" in inspect.signature(Buffer.dispatch).parameters
+
+
+def test_the_number_of_sms_is_kept_for_all_buffers() -> None:
+    before = Buffer.num_sms
+    try:
+        Buffer.set_num_sms(24)
+        assert Buffer.num_sms == Buffer.get_dispatch_config(8).num_sms == 24
+    finally:
+        Buffer.set_num_sms(before)
+
+
+def test_an_installed_alias_has_the_same_import_lines(tmp_path: Path) -> None:
+    place = install_alias("deep_ep", str(tmp_path))
+    code = "\n".join(IMPORT_LINES)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
+    assert remove_alias("deep_ep", str(tmp_path))
+    assert not place.exists()
+
+
 def test_the_import_lines_of_clients_find_it_by_an_alias() -> None:
     enter_alias("deep_ep")
     try:
@@ -170,6 +230,8 @@ def test_the_import_lines_of_clients_find_it_by_an_alias() -> None:
         assert package.topk_idx_t == torch.int64
         assert utils.EventOverlap is package.EventOverlap is deep_ep.EventOverlap
         assert utils.EventHandle is deep_ep.EventHandle
+        for line in IMPORT_LINES:
+            exec(line, {})
     finally:
         leave_alias("deep_ep")
     with pytest.raises(ModuleNotFoundError):

@@ -12,10 +12,18 @@ from pathlib import Path
 
 _MARK = "# Made by mooncake_ep.compat; `python -m mooncake_ep.compat remove` takes it away.\n"
 
-# Package that others import -> its modules, "" for itself -> the module here.
+_DEEP_EP = "mooncake_ep.compat.deep_ep"
+
+# Package that others import -> its modules, "" for itself, parents first -> the module here.
 ALIASES = {
     "mooncake": {"": "", "mooncake_ep_buffer": "mooncake_ep.compat.mooncake"},
-    "deep_ep": {"": "mooncake_ep.compat.deep_ep", "utils": "mooncake_ep.compat.deep_ep"},
+    "deep_ep": {
+        "": _DEEP_EP,
+        "buffer": _DEEP_EP,
+        "buffers": "",
+        "buffers.legacy": _DEEP_EP,
+        "utils": _DEEP_EP,
+    },
 }
 
 
@@ -32,7 +40,11 @@ def install(package: str, directory: str | None = None) -> Path:
     where.mkdir(parents=True, exist_ok=True)
     for name, source in modules.items():
         lines = f"from {source} import *  # noqa: F403\n" if source else ""
-        (where / f"{name or '__init__'}.py").write_text(_MARK + lines)
+        path = where.joinpath(*name.split("."))
+        if _is_package(name, modules):
+            path.mkdir(exist_ok=True)
+            path = path / "__init__"
+        path.with_suffix(".py").write_text(_MARK + lines)
     importlib.invalidate_caches()
     return where
 
@@ -63,10 +75,11 @@ def enter(package: str) -> None:
         if source:
             face = importlib.import_module(source)
             module.__dict__.update({one: getattr(face, one) for one in face.__all__})
-        if not name:
+        if _is_package(name, modules):
             module.__path__ = []
-        else:
-            setattr(sys.modules[package], name, module)
+        if name:
+            parent, _, last = module.__name__.rpartition(".")
+            setattr(sys.modules[parent], last, module)
         sys.modules[module.__name__] = module
 
 
@@ -82,6 +95,10 @@ def _modules(package: str) -> dict[str, str]:
     if package not in ALIASES:
         raise ValueError(f"package {package!r} is not one of {', '.join(ALIASES)}")
     return ALIASES[package]
+
+
+def _is_package(name: str, modules: dict[str, str]) -> bool:
+    return not name or any(other.startswith(f"{name}.") for other in modules)
 
 
 def _place(package: str, directory: str | None) -> Path:

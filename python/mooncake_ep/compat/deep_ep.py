@@ -24,8 +24,9 @@ from ._core import After, Core, Hook, Mode, Shape, Terms, Then, topk_capacity
 from ._events import EventHandle, EventOverlap
 from ._exchange import Exchange
 from ._meeting import Meeting, MpiMeeting
+from ._normal_mode import Config, NormalMode, refuse_constructor
 
-__all__ = ["Buffer", "EventHandle", "EventOverlap", "topk_idx_t"]
+__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "topk_idx_t"]
 
 topk_idx_t = torch.int64
 
@@ -36,7 +37,7 @@ _EXPONENT_BIT = 23
 _EXPONENT_MASK = 0xFF
 
 
-class Buffer:
+class Buffer(NormalMode):
     """Dispatch and combine in low-latency mode among the ranks of a process group.
 
     Calls on one Buffer may come from several threads, one at a time runs. Two dispatches, and two
@@ -47,9 +48,8 @@ class Buffer:
         group: the process group (or the communicator) as given; of None, torch's default group.
         num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy, enable_shrink: as
             given.
+        num_sms: what set_num_sms() was given last; 20 at first.
     """
-
-    num_sms: int = 20
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Buffer:
         if group is not None and comm is not None:
             raise ValueError("group and comm are both given; only one can be")
         if not low_latency_mode:
-            raise NotImplementedError("low_latency_mode is False, and there is no normal mode")
+            refuse_constructor()
         self.num_nvl_bytes = check.integer("num_nvl_bytes", num_nvl_bytes, 0)
         self.num_rdma_bytes = check.integer("num_rdma_bytes", num_rdma_bytes, 0)
         self.low_latency_mode = True
@@ -132,11 +132,6 @@ class Buffer:
     @timeout_s.setter
     def timeout_s(self, value: float) -> None:
         self._exchange.open_group().timeout_s = value
-
-    @staticmethod
-    def set_num_sms(new_num_sms: int) -> None:
-        """Note a number that clients set; low-latency mode has no such limit."""
-        Buffer.num_sms = check.integer("new_num_sms", new_num_sms)
 
     @staticmethod
     def capture() -> EventOverlap:
