@@ -112,7 +112,8 @@ def _children() -> set[str]:
 
 
 def _shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("mooncake_ep*")}
+    """Return the names of windows: not the lock of a host, which stays once any program made it."""
+    return {path.name for path in Path("/dev/shm").glob("mooncake_ep-*")}
 
 
 def _descriptors() -> int:
