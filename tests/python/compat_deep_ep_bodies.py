@@ -171,10 +171,12 @@ def check_without(place: Place, buffer: Buffer, lost: int) -> None:
     assert torch.equal(out.cpu(), CASE.sums(place.rank, lambda e: e // local != lost))
 
 
-def lose(place: Place, lost: int) -> list[int]:
-    """Lose a rank; return the mask of the others."""
+def lose(place: Place, lost: int, is_warm: bool) -> list[int]:
+    """Lose a rank, after a round or before the first; return the mask of the others."""
     buffer = Buffer(place.group, low_latency_mode=True, enable_shrink=True)
-    round_trip(place, buffer, CASE, "now", "fp8")
+    if is_warm:
+        round_trip(place, buffer, CASE, "now", "fp8")
+    distributed.barrier(place.group)
     buffer.timeout_s = 0.3
     if place.rank == lost:
         os._exit(0)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import threading
+import time
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as distributed
 
+import mooncake_ep as ep
 from compat_rank import (
     NEVER,
     Case,
@@ -24,6 +28,7 @@ from compat_rank import (
     round_trip,
     wait,
 )
+from mooncake_ep.compat import _post
 
 SOON_US = 300_000
 
@@ -395,6 +400,108 @@ def lose(place: Place, lost: int, when: str, mode: str, masked: bool) -> list[in
     out, _, _ = combine(place, buffer, case, y, again[2], active_ranks=active)
     assert torch.equal(out.cpu(), case.sums(place.rank, lambda e: e // local != lost))
     return None if active is None else active.tolist()
+
+
+def lose_before_a_shape(
+    place: Place, lost: int, case: Case, mode: str, masked: bool, timeout_us: int
+) -> list[int] | None:
+    """Lose a rank before the first dispatch of a shape; return the mask that the others see."""
+    if Kept.buffer is None:
+        Kept.buffer = buffer_class()(place.group)
+    distributed.barrier(place.group)
+    if place.rank == lost:
+        os._exit(0)
+    active = torch.ones(place.size, dtype=torch.int32, device=place.device) if masked else None
+    begun = time.monotonic()
+    for _ in range(2):
+        round_without(place, [lost], case, active, mode, timeout_us)
+    assert time.monotonic() - begun < 10
+    return None if active is None else active.tolist()
+
+
+def round_without(
+    place: Place, lost: list[int], case: Case, active: Any, mode: str = "now", timeout_us: int = -1
+) -> None:
+    """Do a round of the kept Buffer that some ranks are not in, and compare everything."""
+    others = [rank for rank in range(place.size) if rank not in lost]
+    terms = {"active_ranks": active, "timeout_us": timeout_us} | options(mode)
+    recv_x, count, handle, event, hook = dispatch(place, Kept.buffer, case, **terms)
+    wait(event, hook, mode)
+    y = check_received(place, case, (recv_x, count, handle), others)
+    out, event, hook = combine(place, Kept.buffer, case, y, handle, **terms)
+    wait(event, hook, mode)
+    local = case.experts // place.size
+    assert torch.equal(out.cpu(), case.sums(place.rank, lambda e: e // local not in lost))
+
+
+def late_for_a_shape(place: Place, late: int, case: Case) -> list[int]:
+    """Let a rank come when the others have given it up; then all come together again."""
+    Kept.buffer = buffer_class()(place.group)
+    active = torch.ones(place.size, dtype=torch.int32, device=place.device)
+    others = [rank for rank in range(place.size) if rank != late]
+    if place.rank == late:
+        distributed.barrier(place.group)
+        round_without(place, others, case, active, timeout_us=SOON_US)
+    else:
+        round_without(place, [late], case, active, timeout_us=SOON_US)
+        distributed.barrier(place.group)
+    # The next shape finds all ranks again, and an update brings them all into this one.
+    round_trip(place, Kept.buffer, Case(hidden=264))
+    Kept.buffer.update_ep_member()
+    for one in (case, Case(hidden=264), Case(experts=12)):
+        round_trip(place, Kept.buffer, one, "hook")
+    values: list[int] = active.tolist()
+    return values
+
+
+def masked_before_a_shape(place: Place, masked: int) -> None:
+    """Make a shape without a rank that is masked, and lives, and does not call."""
+    Kept.buffer = buffer_class()(place.group)
+    if place.rank != masked:
+        active = torch.ones(place.size, dtype=torch.int32, device=place.device)
+        active[masked] = 0
+        round_without(place, [masked], Case(), active)
+    distributed.barrier(place.group)
+    Kept.buffer.update_ep_member()
+    round_trip(place, Kept.buffer, Case())
+
+
+def disagree(place: Place) -> str:
+    """Make a shape that another rank does not; afterwards all is as before. Returns the error."""
+    with buffer_of(place) as buffer:
+        with pytest.raises(ep.EpError) as error:
+            dispatch(place, buffer, Case(hidden=264) if place.rank else Case())
+        distributed.barrier(place.group)
+        round_trip(place, buffer, Case(hidden=264))
+        round_trip(place, buffer, Case())
+        return str(error.value)
+
+
+def strangers(place: Place) -> None:
+    """Have others call at the place where a rank listens."""
+    with buffer_of(place) as buffer:
+        office = buffer._exchange._office
+        where = office._listener.getsockname()
+        calls = [socket.create_connection(where) for _ in range(3)]
+        calls[0].sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(100))
+        calls[1].sendall(b"short")
+        calls[2].close()
+        round_trip(place, buffer, Case())
+        for call in calls:
+            call.close()
+
+
+def no_places(place: Place) -> list[bool]:
+    """Make a Buffer whose ranks do not reach each other by TCP; lose a rank before a shape."""
+    _post._TRIAL_S = -1.0
+    buffer = buffer_class()(place.group)
+    round_trip(place, buffer, Case())
+    distributed.barrier(place.group)
+    if place.rank == 1:
+        os._exit(0)
+    with pytest.raises(ep.EpError, match="lost while a Buffer made memory"):
+        dispatch(place, buffer, Case(hidden=264))
+    return [buffer._exchange._office is None]
 
 
 def come_together(place: Place, is_new: bool) -> None:

@@ -84,9 +84,10 @@ def test_ranks_are_masked_by_hand_and_come_together_again(team: Team) -> None:
     team.run(bodies.masks)
 
 
-def test_a_lost_rank_is_masked(team: Team) -> None:
+@pytest.mark.parametrize("is_warm", [True, False])
+def test_a_lost_rank_is_masked(team: Team, is_warm: bool) -> None:
     with Team(team.size) as ranks:
-        told = ranks.run(bodies.lose, 1, dying=[1])
+        told = ranks.run(bodies.lose, 1, is_warm, dying=[1])
     mask = [int(rank == 1) for rank in range(team.size)]
     assert told == [None if rank == 1 else mask for rank in range(team.size)]
 

@@ -23,7 +23,7 @@ import compat_mooncake_bodies as bodies  # noqa: E402
 import compat_rank  # noqa: E402
 import mooncake_ep as ep  # noqa: E402
 from compat_mooncake_bodies import Zeros  # noqa: E402
-from compat_rank import Team  # noqa: E402
+from compat_rank import NEVER, Case, Team  # noqa: E402
 from mooncake_ep.compat import enter_alias, leave_alias, mooncake  # noqa: E402
 from mooncake_ep.compat.mooncake import Buffer, EventHandle, EventOverlap  # noqa: E402
 
@@ -399,6 +399,61 @@ def test_a_lost_rank_is_masked_and_the_others_go_on(
         told = ranks.run(bodies.lose, 1, when, mode, masked, dying=[1])
         mask = [int(rank != 1) for rank in range(team.size)] if masked else None
         assert told == [None if rank == 1 else mask for rank in range(team.size)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "masked", "timeout_us"),
+    [("now", True, bodies.SOON_US), ("hook", False, bodies.SOON_US), ("async", True, NEVER)],
+)
+def test_a_rank_that_is_lost_before_the_first_dispatch_is_masked(
+    team: Team, mode: str, masked: bool, timeout_us: int
+) -> None:
+    with Team(team.size) as ranks:
+        arguments = (1, Case(), mode, masked, timeout_us)
+        told = ranks.run(bodies.lose_before_a_shape, *arguments, dying=[1])
+        mask = [int(rank != 1) for rank in range(team.size)] if masked else None
+        assert told == [None if rank == 1 else mask for rank in range(team.size)]
+        ranks.replace(1)
+        ranks.meet()
+        ranks.run(bodies.come_together_by_rank, 1)
+
+
+def test_a_rank_that_is_lost_before_a_further_shape_is_masked(team: Team) -> None:
+    with Team(team.size) as ranks:
+        ranks.run(bodies.keep, False)
+        arguments = (0, Case(hidden=264), "now", True, bodies.SOON_US)
+        told = ranks.run(bodies.lose_before_a_shape, *arguments, dying=[0])
+        mask = [int(rank != 0) for rank in range(team.size)]
+        assert told == [None if rank == 0 else mask for rank in range(team.size)]
+        ranks.replace(0)
+        ranks.meet()
+        ranks.run(bodies.come_together_by_rank, 0)
+
+
+def test_a_rank_that_is_late_for_a_shape_is_masked_until_an_update(team: Team) -> None:
+    last = team.size - 1
+    told = team.run(bodies.late_for_a_shape, last, Case())
+    others = [int(rank != last) for rank in range(team.size)]
+    assert told == [others] * last + [[1 - one for one in others]]
+
+
+def test_a_masked_rank_is_not_waited_for_when_memory_is_made(team: Team) -> None:
+    team.run(bodies.masked_before_a_shape, 1)
+
+
+def test_ranks_that_make_different_shapes_are_told(team: Team) -> None:
+    for error in team.run(bodies.disagree):
+        assert error.startswith("ranks have called with different arguments")
+
+
+def test_strangers_that_call_a_rank_are_ignored(team: Team) -> None:
+    team.run(bodies.strangers)
+
+
+@pytest.mark.skipif(compat_rank.CONTROL != "gloo", reason="NCCL waits for a lost rank")
+def test_without_tcp_a_rank_that_is_lost_is_an_error_of_this_library() -> None:
+    with Team(2) as ranks:
+        assert ranks.run(bodies.no_places, dying=[1]) == [[True], None]
 
 
 def test_a_new_process_takes_the_place_of_a_lost_one(team: Team) -> None:

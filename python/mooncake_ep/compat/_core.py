@@ -165,9 +165,10 @@ class Hook:
 class Core:
     """A core buffer, and the order of its calls, which may come from several threads."""
 
-    def __init__(self, group: Group, shape: Shape, device: torch.device) -> None:
-        """Make it. Collective."""
+    def __init__(self, group: Group, shape: Shape, device: torch.device, is_far: bool) -> None:
+        """Make it. Collective. ``is_far``: the group reaches no peer's memory."""
         self.shape = shape
+        self.is_far = is_far
         self.device = device
         self.buffer = Buffer(group, payloads=shape.payloads(), **asdict(shape))
         self.streams = Streams(device)

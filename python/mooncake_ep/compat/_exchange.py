@@ -1,14 +1,16 @@
-"""What stands behind a Buffer of another library's API: a group, and a core buffer for each shape.
+"""What stands behind a Buffer of another library's API: groups, and a core buffer for each shape.
 
 Those APIs name the shape of a round (tokens, hidden, experts, top-k) with the round and not with
 the Buffer. So a core buffer is made when its shape comes for the first time, by all ranks at once,
-and kept.
+and kept. A rank that is lost by then is left out: the others make it in a group without that rank.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,23 +18,60 @@ import torch
 from .._lib import EpError
 from ..group import Group
 from . import _checks as check
-from ._core import Core, Route, Shape, topk_capacity
+from ._core import Core, Route, Shape, Terms, topk_capacity
 from ._meeting import Meeting, gpu_backend
+from ._post import Letters, PostOffice, agree, open_post_office
+
+_log = logging.getLogger("mooncake_ep.compat")
 
 _HANDLE_LENGTH = 5
+_FIRST = "all"  # the name of the home that the constructor makes
+
+
+class _Way:
+    """By what groups gather: it changes from one thing that ranks make together to the next."""
+
+    def __init__(self, gather: Callable[[bytes], list[bytes]]) -> None:
+        self.gather_now = gather
+
+    def gather(self, data: bytes) -> list[bytes]:
+        return self.gather_now(data)
+
+
+@dataclass(slots=True)
+class Home:
+    """A group in which core buffers are made.
+
+    name: the same on all ranks that made it; is_far: it reaches no peer's memory; is_closed: no
+    more are made here, because that has failed once.
+    """
+
+    name: str
+    group: Group
+    is_far: bool
+    is_closed: bool = False
+
+    def serves(self, members: set[int], is_far: bool) -> bool:
+        """Tell whether these ranks make their core buffers here."""
+        mine = {rank for rank, active in enumerate(self.group.active_ranks) if active}
+        return not self.is_closed and self.is_far == is_far and mine == members
 
 
 class Exchange:
-    """One rank's group and core buffers."""
+    """One rank's groups and core buffers."""
 
     def __init__(self, meet: Callable[[], Meeting], disable_p2p: bool) -> None:
         """Come together. Collective. ``meet`` finds the meeting point, now and at each update."""
         self._meet = meet
         self._disable_p2p = disable_p2p
         self._closed = False
-        self.group: Group | None = None
+        self._office: PostOffice | None = None
+        self._calls: Counter[str] = Counter()  # that have agreed to make something, since an update
+        self.homes: list[Home] = []
         self.cores: list[Core] = []
         meeting = meet()
+        self._meeting = meeting
+        self._way = _Way(meeting.gather)
         self.rank, self.size = meeting.rank, meeting.size
         self.device = meeting.device()
         self.connect()
@@ -41,47 +80,44 @@ class Exchange:
         """Come together, anew if that was done before. Collective.
 
         Ranks that have core buffers keep them, with all that was captured in graphs, and those
-        that have none, because their process is new, make the same ones. If the number of ranks is
-        another one, all of them start from nothing.
+        that have none, because their process is new or was left out, make the same ones. If the
+        number of ranks is another one, all of them start from nothing.
         """
         self._check_open()
         meeting = self._meet()
+        self._meeting = meeting
         self.rank, self.size = meeting.rank, meeting.size
         for core in self.cores:
             with core.lock:
                 core.receive_dropped()
-        shapes = [asdict(core.shape) for core in self.cores]
-        formed = 0 if self.group is None else self.group.rank_count
-        told = meeting.tell({"formed": formed, "shapes": shapes})
-        known = [one for one in told if one["formed"]]
-        if not known or any(one["formed"] != meeting.size for one in known):
-            self._leave()
-            self.group = self._join(meeting, None)
+        self._way.gather_now = meeting.gather
+        self._open_office(meeting)
+        formed = self.homes[0].group.rank_count if self.homes else 0
+        told = meeting.tell(
+            {"formed": formed, "homes": [self._describe(one) for one in self.homes]}
+        )
+        known = [one["homes"] for one in told if one["formed"]]
+        if not known or any(one["formed"] not in (0, meeting.size) for one in told):
+            self._leave_homes()
+            self.homes.append(self._new_home(_FIRST, self._disable_p2p, None))
             return
-        if any(one["shapes"] != known[0]["shapes"] for one in known):
-            raise EpError("ranks have made buffers of other shapes; destroy the Buffers on all")
-        if self.group is not None:
-            # The same on all ranks, and no fewer: whoever is new joins them here.
-            self.group.update(
-                all_gather=meeting.gather,
-                all_to_all_on_stream=meeting.engine(self.group.backend),
-                disable_p2p=self._disable_p2p,
-            )
-            return
-        self.group = self._join(meeting, [True] * meeting.size)
-        for shape in known[0]["shapes"]:
-            self.cores.append(Core(self.group, Shape(**shape), self.device))
+        self._restore(_merged(known))
 
     def core(
-        self, device: torch.device, max_tokens: int, hidden: int, experts: int, topk: int
+        self, device: torch.device, wanted: tuple[int, int, int, int], terms: Terms, is_far: bool
     ) -> Core:
-        """Find the core buffer for a round, or make it: then the call is collective."""
+        """Find the core buffer for a round, or make it: then the call is collective.
+
+        ``wanted``: tokens, hidden, experts, top-k; ``is_far``: reach no peer's memory.
+        """
         self._check_open()
         if device != self.device:
             self._move(device)
+        is_far = is_far or self._disable_p2p
         for core in self.cores:
-            if core.shape.serves(max_tokens, hidden, experts, topk):
+            if core.is_far == is_far and core.shape.serves(*wanted):
                 return core
+        max_tokens, hidden, experts, topk = wanted
         if self.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a graph is captured, and nothing can be allocated in it: call dispatch() with "
@@ -89,7 +125,10 @@ class Exchange:
                 "once before"
             )
         shape = Shape(max_tokens, hidden, experts, topk_capacity(max_tokens, topk))
-        self.cores.append(Core(self.open_group(), shape, self.device))
+        if self._office is None:
+            self._make_with_all(shape, is_far)
+        else:
+            self._make_with_the_living(self._office, shape, is_far, terms)
         return self.cores[-1]
 
     def route(self, handle: Any) -> Route:
@@ -126,48 +165,161 @@ class Exchange:
             shape = (route.shape[0], route.core.shape.hidden)
             check.tensor("out", out, check.BFLOAT16, shape, device)
 
+    def set_timeout(self, value: float) -> None:
+        """Set how long ranks are waited for by calls that bring no limit of their own."""
+        self.open_group().timeout_s = value
+        for home in self.homes[1:]:
+            home.group.timeout_s = value
+
     def by_engine(self) -> bool:
         """Tell whether rows to some rank do not go through its memory."""
         group = self.open_group()
         return any(group.transport(peer).name == "collective" for peer in range(group.rank_count))
 
     def open_group(self) -> Group:
-        """Return the core's group; EpError after close()."""
+        """Return the group that the constructor made; EpError after close()."""
         self._check_open()
-        assert self.group is not None
-        return self.group
+        return self.homes[0].group
 
     def close(self) -> None:
         """Let all memory go. Local. Closing twice is harmless."""
         self._closed = True
-        self._leave()
+        self._leave_homes()
+        if self._office is not None:
+            self._office.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise EpError("the Buffer was destroyed")
 
-    def _leave(self) -> None:
+    def _leave_homes(self) -> None:
         cores, self.cores = self.cores, []
         for core in cores:
             core.buffer.close()
-        if self.group is not None:
-            self.group.close()
-        self.group = None
+        homes, self.homes = self.homes, []
+        for home in homes:
+            home.group.close()
 
-    def _join(self, meeting: Meeting, active_ranks: list[bool] | None) -> Group:
+    def _open_office(self, meeting: Meeting) -> None:
+        before = self._office
+        self._office = None
+        if meeting.size > 1:
+            self._office = open_post_office(meeting.rank, meeting.tell)
+        self._calls.clear()
+        if before is not None:
+            before.close()
+
+    def _describe(self, home: Home) -> dict[str, Any]:
+        """Say in JSON what others need to make the same home."""
+        cores = [core for core in self.cores if core.buffer.group is home.group]
+        shapes = [asdict(core.shape) for core in cores]
+        return {"name": home.name, "is_far": home.is_far, "shapes": shapes}
+
+    def _restore(self, homes: list[dict[str, Any]]) -> None:
+        """Bring all ranks into all homes, in the same order, with all core buffers."""
+        mine = {home.name: home for home in self.homes}
+        homes_now: list[Home] = []
+        cores_now: list[Core] = []
+        for told in homes:
+            home = mine.get(told["name"])
+            if home is None:
+                everyone = [True] * self.size
+                home = self._new_home(told["name"], told["is_far"], everyone)
+                shapes = [Shape(**shape) for shape in told["shapes"]]
+                cores = [Core(home.group, shape, self.device, home.is_far) for shape in shapes]
+            else:
+                # Whoever is new in it joins the others here.
+                home.group.update(
+                    all_gather=self._way.gather,
+                    all_to_all_on_stream=self._meeting.engine(home.group.backend),
+                    disable_p2p=home.is_far,
+                )
+                home.is_closed = False
+                cores = [core for core in self.cores if core.buffer.group is home.group]
+            homes_now.append(home)
+            cores_now += cores
+        self.homes, self.cores = homes_now, cores_now
+
+    def _make_with_all(self, shape: Shape, is_far: bool) -> None:
+        """Make a core buffer over the meeting point, which waits for all ranks in its own way."""
+        try:
+            self._make(shape, is_far, set(range(self.size)), "")
+        except EpError:
+            raise
+        except RuntimeError as error:  # of torch.distributed
+            raise EpError(f"ranks were lost while a Buffer made memory: {error}") from error
+
+    def _make_with_the_living(
+        self, office: PostOffice, shape: Shape, is_far: bool, terms: Terms
+    ) -> None:
+        """Make a core buffer with those ranks that come within the time of a call."""
+        timeout_s = terms.timeout_s
+        if timeout_s is None:
+            timeout_s = self.open_group().timeout_s
+        wanted = self._active(terms)
+        what = f"{shape}{', far' if is_far else ''}"
+        call = self._calls[what]
+        for attempt in range(self.size):
+            name = f"{what}, call {call}, attempt {attempt}"
+            members = agree(office, name, wanted, timeout_s)
+            self._calls[what] = call + 1
+            letters = Letters(office, name, members, timeout_s)
+            self._way.gather_now = letters.gather
+            try:
+                self._make(shape, is_far, members, name)
+            except EpError as error:
+                if not letters.lost:
+                    raise
+                _log.warning("%s", error)
+                wanted -= letters.lost
+                continue
+            lost = sorted(set(range(self.size)) - members)
+            if lost:
+                _log.warning("ranks %s did not come to make a buffer, and are masked in it", lost)
+            return
+        raise EpError("ranks were lost again and again while a Buffer made memory")
+
+    def _active(self, terms: Terms) -> set[int]:
+        """List the ranks that a call may wait for."""
+        if terms.active_ranks is not None:
+            mask = terms.active_ranks[: self.size].tolist()
+            return {rank for rank, active in enumerate(mask) if active}
+        masks = [core.buffer.mask for core in self.cores]
+        return {rank for rank in range(self.size) if all(mask[rank] for mask in masks)}
+
+    def _make(self, shape: Shape, is_far: bool, members: set[int], name: str) -> None:
+        """Make a core buffer with these ranks, in a home that they have or in a new one."""
+        home = next((one for one in self.homes if one.serves(members, is_far)), None)
+        if home is None:
+            active = [rank in members for rank in range(self.size)]
+            home = self._new_home(f"{name}, ranks {sorted(members)}", is_far, active)
+            self.homes.append(home)
+        try:
+            self.cores.append(Core(home.group, shape, self.device, home.is_far))
+        except EpError:
+            home.is_closed = True
+            if home is not self.homes[0] and not any(
+                core.buffer.group is home.group for core in self.cores
+            ):
+                self.homes.remove(home)
+            raise
+
+    def _new_home(self, name: str, is_far: bool, active_ranks: list[bool] | None) -> Home:
         on_cpu = self.device.type == "cpu"
         backend = "cpu" if on_cpu else gpu_backend()
-        return Group.from_callback(
-            meeting.gather,
+        group = Group.from_callback(
+            self._way.gather,
             None,
-            meeting.engine(backend),
-            rank=meeting.rank,
-            rank_count=meeting.size,
+            self._meeting.engine(backend),
+            rank=self.rank,
+            rank_count=self.size,
             active_ranks=active_ranks,
             backend=backend,
             device_id=0 if on_cpu else self.device.index,
-            disable_p2p=self._disable_p2p,
+            timeout_s=self.homes[0].group.timeout_s if self.homes else None,
+            disable_p2p=is_far,
         )
+        return Home(name, group, is_far)
 
     def _move(self, device: torch.device) -> None:
         """Go where the first tensors are. All ranks do so alike."""
@@ -175,6 +327,16 @@ class Exchange:
             raise ValueError(
                 f"x is on {device}, and what this Buffer was used with on {self.device}"
             )
-        self._leave()
+        self._leave_homes()
         self.device = device
         self.connect()
+
+
+def _merged(known: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """List each home once that some rank has: the first one first, the others by name."""
+    merged: dict[str, dict[str, Any]] = {}
+    for homes in known:
+        for home in homes:
+            if merged.setdefault(home["name"], home) != home:
+                raise EpError("ranks have made buffers of other shapes; destroy the Buffers on all")
+    return sorted(merged.values(), key=lambda home: (home["name"] != _FIRST, home["name"]))

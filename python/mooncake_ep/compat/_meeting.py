@@ -1,7 +1,7 @@
 """Where the ranks of a Buffer meet: a torch.distributed process group, or an mpi4py communicator.
 
-All that is asked of it is an all-gather of bytes, when the Buffer is made, when a shape comes for
-the first time, and when ranks come together anew.
+All that is asked of it is an all-gather of bytes, when the Buffer is made and when ranks come
+together anew; and when a shape comes for the first time, where TCP does not do (_post.py).
 """
 
 from __future__ import annotations

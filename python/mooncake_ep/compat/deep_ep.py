@@ -131,7 +131,7 @@ class Buffer(NormalMode):
 
     @timeout_s.setter
     def timeout_s(self, value: float) -> None:
-        self._exchange.open_group().timeout_s = value
+        self._exchange.set_timeout(value)
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -223,7 +223,8 @@ class Buffer(NormalMode):
         _check_stats("cumulative_local_expert_recv_stats", stats, torch.int32, local, x)
         cost = dispatch_wait_recv_cost_stats
         _check_stats("dispatch_wait_recv_cost_stats", cost, torch.int64, (self.group_size,), x)
-        core = self._exchange.core(x.device, tokens, hidden, experts, topk)
+        wanted = (tokens, hidden, experts, topk)
+        core = self._exchange.core(x.device, wanted, self._terms(mode), False)
         packed = _Packed(core) if use_ue8m0 else None
         quant = None if not use_fp8 else "fp8_pow2" if round_scale else "fp8"
         given, event, hook = core.dispatch(

@@ -73,9 +73,11 @@ class Buffer:
 
         Args:
             group: any process group of torch.distributed (nccl, gloo, mpi, mccl, mooncake,
-                mooncake-cpu); None: the default one. It has to live while buffers are made, no
-                longer. Tensors are on the current GPU, or, where this library or torch has none, on
-                the CPU; otherwise the first dispatch says where.
+                mooncake-cpu); None: the default one. It has to work while a Buffer is made or
+                updated; otherwise ranks make out by TCP what they make together
+                (MOONCAKE_EP_TCP_ADDRESS), so that a lost one is no error. Tensors are on the
+                current GPU, or, where this library or torch has none, on the CPU; otherwise the
+                first dispatch says where.
             num_ep_buffer_bytes: a hint that is not needed; memory follows the shapes.
             disable_p2p: reach no peer's memory; rows go by NCCL, MCCL or TCP.
 
@@ -165,7 +167,8 @@ class Buffer:
                 until the dispatch is done.
             topk_idx: int64 (or int32) [T, K], K from 1 to 32; -1 is no expert.
             active_ranks: int32 [R or more], on the device of x. 1: take part; a rank that is not
-                there in time becomes 0. None: a mask that the Buffer keeps.
+                there in time becomes 0. None: a mask that the Buffer keeps. Who is not there when
+                memory is made stays masked in rounds of that shape until update_ep_member().
             num_max_dispatch_tokens_per_rank: M.
             num_experts: E, a multiple of R.
             timeout_us: for each wait, in microseconds; -1: never.
@@ -187,7 +190,9 @@ class Buffer:
 
         Raises:
             TypeError, ValueError: an argument breaks a rule; names it. Nothing was sent.
-            EpError: a round before the last one has not been received, or destroy() was called.
+            EpError: a round before the last one has not been received, or destroy() was called;
+                when memory is made, also: ranks have called with different M, H, E or K, or one was
+                lost and they do not reach each other by TCP.
             RuntimeError: in a graph capture, and such a round was never dispatched before.
         """
         tokens = check.integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
@@ -203,7 +208,8 @@ class Buffer:
         topk = check.choices(topk_idx, rows, device)
         check.active_ranks(active_ranks, rank_count, device)
         terms = Terms(active_ranks, check.timeout_s(timeout_us), mode)
-        core = self._exchange.core(device, tokens, hidden, experts, topk)
+        wanted = (tokens, hidden, experts, topk)
+        core = self._exchange.core(device, wanted, terms, False)
         given, event, hook = core.dispatch(x, topk_idx, "fp8" if quantized else None, terms)
         handle = (given.src_info, given.layout_range, tokens, hidden, experts)
         recv_x = given.x if given.scales is None else (given.x, given.scales)
