@@ -81,6 +81,31 @@ def all_modes(place: Place, mode: str, use_fp8: bool, disable_p2p: bool) -> tupl
         return buffer._use_fallback, buffer.runtime.p2p_enabled()
 
 
+def switch_fallback(place: Place, disable_p2p: bool) -> list[list[str]]:
+    """Switch the fallback on and off; tell how the memory of each round reaches the other ranks."""
+    ways: list[list[str]] = []
+    with buffer_of(place, disable_p2p=disable_p2p) as buffer:
+        assert buffer._use_fallback is disable_p2p
+        for value in (True, False, True):
+            buffer._use_fallback = value
+            assert buffer._use_fallback is value
+            case = Case(seed=len(ways))
+            x, topk_idx, _ = on_device(place, case)
+            recv_x, count, handle, _, _ = dispatch(place, buffer, case, x=x, topk_idx=topk_idx)
+            buffer._use_fallback = not value  # a combine goes the way of its dispatch
+            y = check_received(place, case, (recv_x, count, handle))
+            out, _, _ = combine(place, buffer, case, y, handle)
+            assert torch.equal(out.cpu(), case.sums(place.rank))
+            group = handle[0]._mooncake_ep_route.core.buffer.group
+            peers = [peer for peer in range(place.size) if peer != place.rank]
+            ways.append(sorted({group.transport(peer).name for peer in peers}))
+        buffer._use_fallback = True
+        buffer.update_ep_member()
+        for use_fp8 in (False, True):
+            round_trip(place, buffer, case, "hook", use_fp8)
+    return ways
+
+
 def positional(place: Place) -> None:
     """Call as SGLang does."""
     case = Case()

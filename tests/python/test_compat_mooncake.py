@@ -54,6 +54,13 @@ def test_a_round_gives_each_row_in_order_and_the_exact_sums(
     assert told == [(disable_p2p, not disable_p2p)] * size
 
 
+@pytest.mark.parametrize("disable_p2p", [False, True])
+def test_the_fallback_may_be_switched_on_and_off(team: Team, disable_p2p: bool) -> None:
+    for ways in team.run(bodies.switch_fallback, disable_p2p):
+        assert ways[0] == ways[2] == ["collective"]
+        assert (ways[1] == ["collective"]) == disable_p2p
+
+
 def test_calls_by_position_are_those_of_clients(team: Team) -> None:
     team.run(bodies.positional)
 

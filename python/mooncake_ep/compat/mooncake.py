@@ -93,6 +93,7 @@ class Buffer:
         self.group = distributed.group.WORLD if group is None else group
         self.backend = self.group
         self.runtime = Runtime(self._exchange, not disable_p2p)
+        self._fallback: bool | None = None  # as a client has set it
 
     @property
     def rank(self) -> int:
@@ -106,7 +107,19 @@ class Buffer:
 
     @property
     def _use_fallback(self) -> bool:
-        return not self.runtime.use_fast_path()
+        """Whether rows go by the fallback; may be set, alike on all ranks.
+
+        True: dispatches from now on reach no peer's memory, and their combines neither; memory for
+        that is made by the first one of a shape. False: as the constructor found, so that where
+        there is only the fallback (disable_p2p) it stays.
+        """
+        if self._fallback is None:
+            return not self.runtime.use_fast_path()
+        return self._fallback
+
+    @_use_fallback.setter
+    def _use_fallback(self, value: bool) -> None:
+        self._fallback = bool(value)
 
     @staticmethod
     def get_ep_buffer_size_hint(
@@ -209,7 +222,7 @@ class Buffer:
         check.active_ranks(active_ranks, rank_count, device)
         terms = Terms(active_ranks, check.timeout_s(timeout_us), mode)
         wanted = (tokens, hidden, experts, topk)
-        core = self._exchange.core(device, wanted, terms, False)
+        core = self._exchange.core(device, wanted, terms, self._fallback is True)
         given, event, hook = core.dispatch(x, topk_idx, "fp8" if quantized else None, terms)
         handle = (given.src_info, given.layout_range, tokens, hidden, experts)
         recv_x = given.x if given.scales is None else (given.x, given.scales)
