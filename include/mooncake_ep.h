@@ -633,7 +633,8 @@ enum {
 
 /** Why. */
 enum {
-    MEP_EVENT_LATE = 1, /**< it missed the deadline, or its connection was lost */
+    /** it missed the deadline, has left this rank out of the round, or its connection was lost */
+    MEP_EVENT_LATE = 1,
     MEP_EVENT_LIMIT = 2 /**< what came breaks a limit */
 };
 

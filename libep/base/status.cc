@@ -23,6 +23,30 @@ const char *last_error() {
     return last_message;
 }
 
+mep_status_t known_failure(mep_status_t told) {
+    switch (told) {
+        case MEP_INVALID_ARGUMENT:
+        case MEP_UNSUPPORTED:
+        case MEP_INVALID_STATE:
+        case MEP_OUT_OF_MEMORY:
+        case MEP_DEVICE_ERROR:
+        case MEP_SYSTEM_ERROR:
+        case MEP_PEER_FAILED:
+        case MEP_TIMEOUT:
+        case MEP_MISMATCH:
+            return told;
+        default:
+            return MEP_BOOTSTRAP_FAILED;
+    }
+}
+
+std::string printable(const char *told) {
+    std::string text = *told == '\0' ? "it gave no reason" : told;
+    for (char &c : text)
+        if (c < ' ' || c > '~') c = '?';
+    return text;
+}
+
 std::string system_error(const char *text, int error) {
     char buffer[128];
     return std::string(text) + ": " + strerror_r(error, buffer, sizeof buffer);

@@ -15,6 +15,11 @@ namespace ep {
 // The message of this thread's last failure; for passing it to another rank.
 const char *last_error();
 
+// Of what another rank says that it failed with: a status that there is, and a text that may be
+// printed and is not empty.
+mep_status_t known_failure(mep_status_t told);
+std::string printable(const char *told);
+
 // "text: strerror(error)" for a failed system call.
 std::string system_error(const char *text, int error);
 

@@ -524,10 +524,7 @@ bool Spoke::is_expected(const Reply &reply) const {
 
 mep_status_t Spoke::conclude(Answer *answer) {
     if (answer->reply.status == MEP_OK) return MEP_OK;
-    // It came from the network, and will be printed.
-    for (char *c = answer->text; *c != '\0'; ++c)
-        if (*c < ' ' || *c > '~') *c = '?';
-    return end(fail(answer->reply.status, "%s", answer->text));
+    return end(fail(known_failure(answer->reply.status), "%s", printable(answer->text).c_str()));
 }
 
 mep_status_t Spoke::lost(int error) {

@@ -22,7 +22,11 @@ Trouble Trouble::of(mep_status_t status) {
 }
 
 mep_status_t Trouble::report() const {
-    return status == MEP_OK ? MEP_OK : fail(status, "%.*s", int(sizeof message), message);
+    return status == MEP_OK ? MEP_OK : fail(status, "%s", text().c_str());
+}
+
+std::string Trouble::text() const {
+    return printable(std::string(message, strnlen(message, sizeof message)).c_str());
 }
 
 namespace {
@@ -37,8 +41,7 @@ mep_status_t first_trouble(const Trouble &mine, mep_status_t gathered, int rank_
     for (int peer = 0; peer < rank_count; ++peer) {
         const Trouble &theirs = trouble_of(peer);
         if (theirs.status != MEP_OK)
-            return fail(theirs.status, "rank %d: %.*s", peer, int(sizeof theirs.message),
-                        theirs.message);
+            return fail(known_failure(theirs.status), "rank %d: %s", peer, theirs.text().c_str());
     }
     return MEP_OK;
 }

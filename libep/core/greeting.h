@@ -6,6 +6,7 @@
 #include "transport/facts.h"
 
 #include <cstdint>
+#include <string>
 
 namespace ep {
 
@@ -18,6 +19,8 @@ struct Trouble {
     static Trouble of(mep_status_t status);
     // Worded anew, as of this rank.
     mep_status_t report() const;
+    // Whoever sent it.
+    std::string text() const;
 };
 
 // Plain bytes: it travels.

@@ -170,11 +170,31 @@ EP_DEVICE uint64_t timeout_of(const Round &r) {
     return r.timeout_ns == Round::kOfBuffer ? look(&r.state->timeout_ns) : r.timeout_ns;
 }
 
+// What a rank tells a peer when it begins a combine: 0, or that it has none of its tokens.
+constexpr int kLeftOut = 1;
+
+EP_DEVICE bool has_begun(const Round &r, uint64_t epoch, int peer) {
+    const uint64_t begun = look(words_from(r, Cargo::kPartials, epoch, peer));
+    return Signal::is_of(begun, epoch) || Signal::is_after(begun, epoch);
+}
+
+// Will what is awaited never come? Its source may have gone on to later rounds, or have told, when
+// it began this combine, that it has nothing of this rank: either because this rank was late. Who
+// waited for it would be late with the next round too, and so for ever.
+EP_DEVICE bool waits_in_vain(const Round &r, uint64_t epoch, int source, Awaited awaited) {
+    if (awaited == Awaited::kCounts || awaited == Awaited::kRows) {
+        const uint64_t *counts = words_from(r, Cargo::kMessages, epoch, source);
+        return Signal::is_after(look(counts + r.layout.local_expert_count), epoch);
+    }
+    if (awaited != Awaited::kSums && awaited != Awaited::kWeights) return false;
+    const uint64_t begun = look(words_from(r, Cargo::kPartials, epoch, source));
+    return Signal::is_after(begun, epoch) ||
+           (awaited == Awaited::kSums && Signal::is_of(begun, epoch) &&
+            Signal::value(begun) == kLeftOut);
+}
+
 // Have all members begun this combine? Each has stored its weights before it tells, so then nobody
 // waits for those of a lost rank.
-EP_DEVICE bool has_begun(const Round &r, uint64_t epoch, int peer) {
-    return Signal::is_of(look(words_from(r, Cargo::kPartials, epoch, peer)), epoch);
-}
 EP_DEVICE bool have_all_begun(const Round &r, uint64_t epoch) {
     for (int peer = 0; peer < r.layout.shape.rank_count; ++peer)
         if (peer != r.rank && load(&r.members[peer]) != 0 &&
@@ -207,6 +227,7 @@ struct Wait {
     // before weights and sums, these before what tells of a begin, and after that what waits
     // itself.
     EP_DEVICE bool is_late(uint64_t epoch, int source, Awaited awaited, uint64_t waited_ns) const {
+        if (source != round.rank && waits_in_vain(round, epoch, source, awaited)) return true;
         constexpr int kMargins = 16;  // of the timeout
         const uint64_t timeout_ns = timeout_of(round), margin_ns = timeout_ns / kMargins;
         const bool ends_early = awaited == Awaited::kWeights || awaited == Awaited::kSums;
@@ -239,6 +260,8 @@ struct Wait {
             *value = look(word);
             active = is_active(round, source);
             if (!active || Signal::is_of(*value, epoch)) break;
+            // Who has begun a later round has begun this one.
+            if (awaited == Awaited::kBegin && Signal::is_after(*value, epoch)) break;
             if (lapse<Thread>(epoch, source, awaited, attempt) && source == round.rank)
                 return false;
         }

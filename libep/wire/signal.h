@@ -20,6 +20,12 @@ struct Signal {
     EP_HOST_DEVICE static bool is_of(uint64_t signal, uint64_t epoch) {
         return signal >> kValueBits == (epoch << kValueBits) >> kValueBits;
     }
+    // Of a later round: half of all epochs are later than one. A word that was never stored is of
+    // none.
+    EP_HOST_DEVICE static bool is_after(uint64_t signal, uint64_t epoch) {
+        const uint64_t ahead = ((signal >> kValueBits) - epoch) << kValueBits >> kValueBits;
+        return signal != 0 && ahead != 0 && ahead < uint64_t{1} << (63 - kValueBits);
+    }
     EP_HOST_DEVICE static int value(uint64_t signal) {
         return static_cast<int>(signal & ((uint64_t{1} << kValueBits) - 1));
     }

@@ -5,6 +5,7 @@
 #include "support/forked.h"
 #include "support/tidy.h"
 
+#include <algorithm>
 #include <atomic>
 
 namespace ep::test {
@@ -303,6 +304,58 @@ TEST_F(Api, MasksALateRankInTheCallersArray) {
                       (std::vector<int32_t>{1, 1, 0, 7}));
             expect_good_combine(share, buffer, handle, active.view());
         });
+}
+
+bool are_ones(Tensor *active) {
+    const int32_t *words = active->data<int32_t>();
+    return std::all_of(words, words + 3, [](int32_t word) { return word == 1; });
+}
+
+// A round of a caller that names all ranks anew in each call; true if all were there and all is
+// right.
+bool is_whole_round(Share *share, const Buffer &buffer, const Handle &handle, int64_t timeout_us) {
+    Tensor active(kInt32, {3}), again(kInt32, {3});
+    active.fill<int32_t>({1, 1, 1});
+    again.fill<int32_t>({1, 1, 1});
+    mep_dispatch_args_t dispatched = share->dispatch_args();
+    dispatched.timeout_us = timeout_us;
+    dispatched.active_ranks = active.view();
+    EXPECT_EQ(test::dispatch(buffer, handle, dispatched), MEP_OK) << mep_last_error();
+    const bool is_right = are_ones(&active) && share->dispatched();
+    mep_combine_args_t combined = share->combine_args();
+    combined.timeout_us = timeout_us;
+    combined.active_ranks = again.view();
+    EXPECT_EQ(test::combine(buffer, handle, combined), MEP_OK) << mep_last_error();
+    return is_right && are_ones(&again) && share->combined();
+}
+
+// As engines name them: one that was late once shall not be late for ever.
+TEST_F(Api, IsInStepAgainAfterARankHasStalled) {
+    if (getenv("MOONCAKE_EP_DISABLE_P2P") != nullptr ||
+        getenv("MOONCAKE_EP_ISLAND_RANKS") != nullptr)
+        GTEST_SKIP() << "over an engine a rank that was masked is not heard any more";
+    constexpr int64_t kTimeoutUs = 150'000;
+    constexpr int kRounds = 24, kStalledRound = 2, kLastRounds = 6;
+    const mep_buffer_config_t config = buffer_config(3);
+    for (const bool weights_at_combine : {false, true})
+        for (const int stall_ms : {250, 1200}) {  // less than the rest take for a round, and more
+            SCOPED_TRACE("weights " + std::to_string(weights_at_combine) + ", stall of " +
+                         std::to_string(stall_ms) + " ms");
+            run_buffers(3, config, [&](const Group &, const Buffer &buffer, int rank) {
+                const Plan plan = Plan::of(config, 3, 180);
+                Share share(plan, rank);
+                share.weights_at_combine = weights_at_combine;
+                const Handle handle = make_handle(buffer);
+                int whole_rounds = 0;  // without one between that is not
+                for (int round = 0; round < kRounds; ++round) {
+                    if (rank == 1 && round == kStalledRound)
+                        std::this_thread::sleep_for(std::chrono::milliseconds(stall_ms));
+                    const bool whole = is_whole_round(&share, buffer, handle, kTimeoutUs);
+                    whole_rounds = whole ? whole_rounds + 1 : 0;
+                }
+                EXPECT_GE(whole_rounds, kLastRounds) << "rank " << rank;
+            });
+        }
 }
 
 // In nanoseconds it would be 0 in 64 bits.

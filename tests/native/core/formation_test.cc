@@ -105,6 +105,53 @@ TEST_F(FormationSteps, TellEveryRankWhatOneCannotDo) {
     }
 }
 
+Greeting greeting_of_rank_1() {
+    Greeting greeting{};
+    greeting.version = mep_version();
+    greeting.rank = 1;
+    greeting.rank_count = 2;
+    greeting.backend = MEP_BACKEND_CPU;
+    greeting.facts.engine = kEngineTcp;
+    greeting.present[0] = 3;
+    return greeting;
+}
+
+// What rank 0 gets if rank 1 greets it so.
+Refusal refusal_beside(const Greeting &greeting) {
+    const World world = world_of_two();
+    auto peer = std::async(std::launch::async, [&] {
+        std::unique_ptr<Bootstrap> bootstrap;
+        std::array<Greeting, 2> all{};
+        EXPECT_EQ(bootstrap_from_world({1, 2}, world.get(), &bootstrap), MEP_OK);
+        EXPECT_EQ(bootstrap->all_gather(&greeting, &all, sizeof greeting, Deadline(20'000'000)),
+                  MEP_OK)
+            << last_error();
+    });
+    const Refusal refusal = create_and_destroy(config_in(world, 0));
+    peer.get();
+    return refusal;
+}
+
+// What a peer says of itself, however it says it, is answered with a status and a text.
+TEST_F(FormationSteps, TakeNoPeersWordForAStatus) {
+    const struct {
+        int32_t status;
+        const char *message;
+        mep_status_t expected;
+        const char *named;
+    } cases[] = {{MEP_DEVICE_ERROR, "no\x1b[31m GPU", MEP_DEVICE_ERROR, "rank 1: no?[31m GPU"},
+                 {21, "odd", MEP_BOOTSTRAP_FAILED, "rank 1: odd"},
+                 {-7, "", MEP_BOOTSTRAP_FAILED, "rank 1: it gave no reason"}};
+    for (const auto &one : cases) {
+        Greeting greeting = greeting_of_rank_1();
+        greeting.trouble.status = one.status;
+        std::strncpy(greeting.trouble.message, one.message, sizeof greeting.trouble.message);
+        const Refusal refusal = refusal_beside(greeting);
+        EXPECT_EQ(refusal.status, one.expected);
+        EXPECT_NE(refusal.message.find(one.named), std::string::npos) << refusal.message;
+    }
+}
+
 TEST_F(FormationSteps, NameWhatDiffersFromAPeer) {
     const struct {
         const char *named;
@@ -118,25 +165,9 @@ TEST_F(FormationSteps, NameWhatDiffersFromAPeer) {
          [](Greeting *g) { g->facts.engine = kEngineCaller; }},
     };
     for (const auto &one : cases) {
-        Greeting greeting{};
-        greeting.version = mep_version();
-        greeting.rank = 1;
-        greeting.rank_count = 2;
-        greeting.backend = MEP_BACKEND_CPU;
-        greeting.facts.engine = kEngineTcp;
-        greeting.present[0] = 3;
+        Greeting greeting = greeting_of_rank_1();
         one.change(&greeting);
-        const World world = world_of_two();
-        auto peer = std::async(std::launch::async, [&] {
-            std::unique_ptr<Bootstrap> bootstrap;
-            std::array<Greeting, 2> all{};
-            EXPECT_EQ(bootstrap_from_world({1, 2}, world.get(), &bootstrap), MEP_OK);
-            EXPECT_EQ(bootstrap->all_gather(&greeting, &all, sizeof greeting, Deadline(20'000'000)),
-                      MEP_OK)
-                << last_error();
-        });
-        const Refusal refusal = create_and_destroy(config_in(world, 0));
-        peer.get();
+        const Refusal refusal = refusal_beside(greeting);
         EXPECT_EQ(refusal.status, MEP_MISMATCH);
         EXPECT_NE(refusal.message.find(one.named), std::string::npos) << refusal.message;
     }

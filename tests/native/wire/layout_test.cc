@@ -181,6 +181,16 @@ TEST(Signal, EpochsWrapWithoutLosingTheirRound) {
     EXPECT_FALSE(Signal::is_of(Signal::pack(epoch, 5), epoch + 1));
 }
 
+TEST(Signal, KnowsALaterRound) {
+    for (const uint64_t epoch : {uint64_t{1}, uint64_t{77}, (uint64_t{1} << 40) - 1}) {
+        EXPECT_FALSE(Signal::is_after(Signal::pack(epoch, 5), epoch));
+        EXPECT_TRUE(Signal::is_after(Signal::pack(epoch + 1, 5), epoch));
+        EXPECT_TRUE(Signal::is_after(Signal::pack(epoch + (uint64_t{1} << 38), 5), epoch));
+        EXPECT_FALSE(Signal::is_after(Signal::pack(epoch, 5), epoch + 4));
+        EXPECT_FALSE(Signal::is_after(0, epoch)) << "never stored";
+    }
+}
+
 TEST(Signal, ZeroedMemoryIsOfNoRound) {
     for (uint64_t epoch = 1; epoch < 100; ++epoch)
         EXPECT_FALSE(Signal::is_of(0, epoch));
