@@ -98,16 +98,21 @@ EP_DEVICE void send_partials(const CombineArgs &a, Adder<Sums> *adder, uint64_t 
     Terms *terms = &adder->parts->own;
     const Round &r = a.round;
     const Wait wait(r);
-    const int ranks = r.layout.shape.rank_count, warps = Warp::count_in_block();
-    for (int step = 1; step < ranks; ++step) {
-        const int source = (r.rank + step) % ranks;
-        const int tokens = Signal::value(r.routing.token_counts[source]);
-        for (int token = role.sender * warps + Warp::index_in_block(); token < tokens;
-             token += role.sender_count * warps) {
-            const Outgoing out{epoch, source, token};
-            if (find_terms<kType>(a, wait, out, terms))
-                send_partial<kType, kPartial>(a, &adder->sums, out, *terms);
-        }
+    const int peers = r.layout.shape.rank_count - 1, warps = Warp::count_in_block();
+    int tokens = 0;  // of the source that has most
+    for (int step = 1; step <= peers; ++step) {
+        const int count = Signal::value(r.routing.token_counts[peer_at(r, step)]);
+        if (count > tokens) tokens = count;
+    }
+    // Sources side by side: each sums a token when it has all of its rows.
+    for (int64_t i = role.sender * warps + Warp::index_in_block(); i < int64_t{tokens} * peers;
+         i += role.sender_count * warps) {
+        const int token = static_cast<int>(i / peers);
+        const int source = peer_at(r, 1 + static_cast<int>(i - int64_t{token} * peers));
+        const Outgoing out{epoch, source, token};
+        if (token < static_cast<int>(Signal::value(r.routing.token_counts[source])) &&
+            find_terms<kType>(a, wait, out, terms))
+            send_partial<kType, kPartial>(a, &adder->sums, out, *terms);
     }
 }
 

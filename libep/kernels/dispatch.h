@@ -240,21 +240,27 @@ template <Element kOut, class Rows>
 EP_DEVICE bool receive_messages(const DispatchArgs &a, Mover<Rows> *mover, uint64_t epoch,
                                 const Role &role) {
     const Round &r = a.round;
-    const int ranks = r.layout.shape.rank_count, warps = Warp::count_in_block();
-    if (ranks == 1) return true;
+    const int peers = r.layout.shape.rank_count - 1, warps = Warp::count_in_block();
+    int places = 0;  // in the order of the source that has most
+    for (int step = 1; step <= peers; ++step) {
+        const SendOrder order(decided(&r.routing.token_counts[peer_at(r, step)], epoch),
+                              r.chunk_count_max);
+        if (order.size() > places) places = order.size();
+    }
     // From when it is decided whose tokens count: a source sends only when its own counter has
     // decided, which may have taken as long as this one's, if both waited for a third that is lost.
-    decided(&r.routing.token_counts[(r.rank + 1) % ranks], epoch);
     const Wait wait(r);
     bool all_came = true;
-    for (int step = 1; step < ranks; ++step) {
-        const int source = (r.rank + step) % ranks;
-        const SendOrder order(decided(&r.routing.token_counts[source], epoch), r.chunk_count_max);
-        for (int place = role.receiver * warps + Warp::index_in_block(); place < order.size();
-             place += role.receiver_count * warps)
-            if (const int token = order.token(place); token >= 0)
-                all_came &= receive_message<kOut>(a, &mover->rows, wait,
-                                                  {epoch, source, token, mover->targets->to});
+    // Sources side by side, as their messages come.
+    for (int64_t i = role.receiver * warps + Warp::index_in_block(); i < int64_t{places} * peers;
+         i += role.receiver_count * warps) {
+        const int place = static_cast<int>(i / peers);
+        const int source = peer_at(r, 1 + static_cast<int>(i - int64_t{place} * peers));
+        const SendOrder order(Signal::value(r.routing.token_counts[source]), r.chunk_count_max);
+        const int token = place < order.size() ? order.token(place) : -1;
+        if (token >= 0)
+            all_came &= receive_message<kOut>(a, &mover->rows, wait,
+                                              {epoch, source, token, mover->targets->to});
     }
     return all_came;
 }

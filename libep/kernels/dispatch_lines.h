@@ -322,12 +322,6 @@ struct RowPart<true, kType> {
     }
 };
 
-// The peers of this rank, the next one first, so that not all send to the same.
-EP_DEVICE int peer_at(const Round &r, int step) {
-    const int rank = r.rank + step, ranks = r.layout.shape.rank_count;
-    return rank < ranks ? rank : rank - ranks;
-}
-
 // Sends a part to the ranks of the token's experts, of which each lane has one. One warp.
 EP_DEVICE void send_part(const Round &r, uint64_t epoch, int token, int64_t expert,
                          const LineDispatchShared &shared, const Part &part, const Pieces &pieces) {

@@ -77,6 +77,12 @@ EP_DEVICE int next_owner(const Layout &layout, const int32_t *choices, int topk,
     return next;
 }
 
+// The peers of this rank, the next one first, so that not all send to the same.
+EP_DEVICE int peer_at(const Round &r, int step) {
+    const int rank = r.rank + step, ranks = r.layout.shape.rank_count;
+    return rank < ranks ? rank : rank - ranks;
+}
+
 // Does this rank take part? Its own rank always does.
 EP_DEVICE bool is_active(const Round &round, int rank) {
     if (rank == round.rank) return true;
