@@ -4,6 +4,7 @@
 #include "mooncake_ep.h"
 
 #include "base/socket.h"
+#include "base/status.h"
 #include "core/bootstrap_tcp.h"
 #include "core/greeting.h"
 #include "transport/facts.h"
@@ -38,10 +39,9 @@ void must(bool holds) {
     if (!holds) std::abort();
 }
 
-// Not of a spoke: its words and its status are its hub's, which may say any or none. The status of
-// a group that forms may be any peer's.
+// Whoever failed, and whatever it said of that: it is a status that there is, with a text.
 mep_status_t told(mep_status_t status) {
-    if (status != MEP_OK) must(*mep_last_error() != '\0');
+    if (status != MEP_OK) must(*mep_last_error() != '\0' && ep::known_failure(status) == status);
     return status;
 }
 
@@ -87,7 +87,7 @@ void end_of(const Descriptor &socket) {
 // Takes part until it fails, which it then goes on to do.
 bool takes_part(ep::Bootstrap *bootstrap, const std::vector<char> &mine, std::vector<char> *all) {
     const mep_status_t status =
-        bootstrap->all_gather(mine.data(), all->data(), mine.size(), Deadline(kTimeoutUs));
+        told(bootstrap->all_gather(mine.data(), all->data(), mine.size(), Deadline(kTimeoutUs)));
     if (status == MEP_OK) return true;
     must(bootstrap->all_gather(nullptr, nullptr, 0, Deadline(kTimeoutUs)) == status);
     return false;
@@ -215,8 +215,8 @@ void fuzz_spoke(Input *input) {
         if (!stays) end_of(accepted);
     });
     std::unique_ptr<ep::Bootstrap> spoke;
-    bool goes_on = ep::tcp_join(meeting.endpoint, {rank, ranks}, kAdmission, Deadline(kTimeoutUs),
-                                &spoke) == MEP_OK;
+    bool goes_on = told(ep::tcp_join(meeting.endpoint, {rank, ranks}, kAdmission,
+                                     Deadline(kTimeoutUs), &spoke)) == MEP_OK;
     for (size_t step = 0; goes_on && step < steps; ++step) {
         std::vector<char> all(bodies[step].size());
         goes_on = takes_part(spoke.get(), std::vector<char>(all.size() / ranks), &all);
