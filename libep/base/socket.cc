@@ -159,7 +159,7 @@ int local_endpoint(int descriptor, Endpoint *endpoint) {
 }
 
 std::optional<uint32_t> user_at_other_end(int descriptor) {
-    Endpoint here, there;
+    Endpoint here = {}, there = {};
     if (local_endpoint(descriptor, &here) != 0 || remote_endpoint(descriptor, &there) != 0)
         return std::nullopt;
     if (here.ipv4 != there.ipv4) return std::nullopt;
