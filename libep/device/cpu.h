@@ -109,7 +109,7 @@ void bulk_expect(int bytes, uint64_t *arrival);
 void bulk_fetch(char *to, const char *from, int bytes, uint64_t *arrival);
 void bulk_await(uint64_t *arrival, uint32_t parity);
 void bulk_before_put();
-void bulk_put(char *to, const char *from, int bytes, Caching caching);
+void bulk_put(char *to, const char *from, int bytes);
 void bulk_commit();
 template <int kNewest>
 void bulk_await_read();

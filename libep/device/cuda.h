@@ -227,15 +227,8 @@ EP_DEVICE void bulk_await(uint64_t *arrival, uint32_t parity) {
 EP_DEVICE void bulk_before_put() {
     EP_SM90("fence.proxy.async.shared::cta;" :: : "memory");
 }
-EP_DEVICE void bulk_put(char *to, const char *from, int bytes, Caching caching) {
-    if (caching == Caching::kKeep)
-        EP_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
-                "r"(shared_address(from)), "r"(bytes) : "memory");
-    else  // leaves the L2 before what it shall keep
-        EP_SM90(
-            "{ .reg .b64 first; createpolicy.fractional.L2::evict_first.b64 first, 1.0; "
-            "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, first; }" ::
-                "l"(to),
+EP_DEVICE void bulk_put(char *to, const char *from, int bytes) {
+    EP_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
             "r"(shared_address(from)), "r"(bytes) : "memory");
 }
 EP_DEVICE void bulk_commit() {

@@ -52,8 +52,7 @@
 //   bulk_expect(bytes, arrival)  one lane: so many will come, for one bulk_await
 //   bulk_fetch(to, from, bytes, arrival)  asks for a copy into shared memory
 //   bulk_await(arrival, lap % 2) until all that was expected for the lap has come
-//   bulk_put(to, from, bytes, caching)  asks for a copy out of shared memory; bulk_commit() closes a
-//                                group; how it is cached is a hint
+//   bulk_put(to, from, bytes)    asks for a copy out of shared memory; bulk_commit() closes a group
 //   bulk_before_put()            each lane, and then Warp::sync(): its stores may be put
 //   bulk_await_read<n>()         what this lane's groups but the n newest put has been read
 //   bulk_await_written()         and it is there, as if this lane had stored it

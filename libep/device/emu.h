@@ -282,7 +282,7 @@ inline void bulk_await(uint64_t *arrival, uint32_t parity) {
     }
 }
 inline void bulk_before_put() {}
-inline void bulk_put(char *to, const char *from, int bytes, Caching) {
+inline void bulk_put(char *to, const char *from, int bytes) {
     bulk_puts.add(to, from, bytes);
 }
 inline void bulk_commit() {

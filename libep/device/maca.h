@@ -229,7 +229,7 @@ __device__ void bulk_expect(int bytes, uint64_t *arrival);
 __device__ void bulk_fetch(char *to, const char *from, int bytes, uint64_t *arrival);
 __device__ void bulk_await(uint64_t *arrival, uint32_t parity);
 __device__ void bulk_before_put();
-__device__ void bulk_put(char *to, const char *from, int bytes, Caching caching);
+__device__ void bulk_put(char *to, const char *from, int bytes);
 __device__ void bulk_commit();
 template <int kNewest>
 __device__ void bulk_await_read();

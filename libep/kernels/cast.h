@@ -151,7 +151,6 @@ struct Target {
     char *row;  // nullptr: nowhere
     float *scales;
     int64_t scale_stride;  // from group to group
-    Caching caching;       // of the row
 };
 
 // 16 * kPieces channels of a row as float8_e4m3fn.

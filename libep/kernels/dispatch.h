@@ -203,8 +203,7 @@ EP_DEVICE void send_token(const DispatchArgs &a, Mover<Rows> *mover, uint64_t ep
         if (count == 0) continue;
         if (Warp::rank() == 0) {
             char *payload = layout.payload(message_to(peer));
-            targets->to[peers] = {payload, reinterpret_cast<float *>(payload + row_bytes), 1,
-                                  Caching::kKeep};
+            targets->to[peers] = {payload, reinterpret_cast<float *>(payload + row_bytes), 1};
             targets->peers[peers] = peer;
             targets->counts[peers] = count;
         }

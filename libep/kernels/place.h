@@ -19,14 +19,13 @@ EP_DEVICE const float *weights_of(const DispatchArgs &a, int token) {
 
 // A row's place in the outputs.
 EP_DEVICE Target place_of(const DispatchArgs &a, int32_t row) {
-    if (row < 0) return {nullptr, nullptr, 0, Caching::kKeep};
+    if (row < 0) return {nullptr, nullptr, 0};
     const size_t row_bytes = size_t(a.round.hidden) * element_bytes(a.out_type());
     const int region = a.round.layout.shape.rank_count * a.round.layout.shape.token_count_max;
     return {a.out_x + row * row_bytes,
             a.out_scales.data + row / region * a.out_scales.expert_stride +
                 row % region * a.out_scales.row_stride,
-            a.out_scales.group_stride,
-            a.round.caching};
+            a.out_scales.group_stride};
 }
 
 // How many entries a message says it has; -1 if it cannot have so many.

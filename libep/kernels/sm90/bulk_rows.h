@@ -76,7 +76,7 @@ class BulkRows {
     // A lane for each target. Every lane counts every piece, whether it puts one or not.
     EP_DEVICE static void put(int count, const Target *to, size_t at, const char *slot, int bytes) {
         for (int i = Warp::rank(); i < count; i += Warp::size())
-            if (char *row = to[i].row) bulk_put(row + at, slot, bytes, to[i].caching);
+            if (char *row = to[i].row) bulk_put(row + at, slot, bytes);
         bulk_commit();
     }
 
