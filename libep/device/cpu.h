@@ -109,7 +109,7 @@ void bulk_expect(int bytes, uint64_t *arrival);
 void bulk_fetch(char *to, const char *from, int bytes, uint64_t *arrival);
 void bulk_await(uint64_t *arrival, uint32_t parity);
 void bulk_before_put();
-void bulk_put(char *to, const char *from, int bytes);
+void bulk_put(char *to, const char *from, int bytes, Caching caching);
 void bulk_commit();
 template <int kNewest>
 void bulk_await_read();
@@ -147,6 +147,9 @@ EP_DEVICE Vector pass_load_constant(const Vector *from) {
     return *from;
 }
 EP_DEVICE void pass_store(Vector *to, Vector value) {
+    *to = value;
+}
+EP_DEVICE void keep_store(float *to, float value) {
     *to = value;
 }
 template <class Type, int kCount, class Raw>

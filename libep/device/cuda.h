@@ -189,6 +189,14 @@ EP_DEVICE void pass_store(Vector *to, Vector value) {
                  : "memory");
 }
 
+EP_DEVICE void keep_store(float *to, float value) {
+    asm volatile(
+        "{ .reg .b64 last; createpolicy.fractional.L2::evict_last.b64 last, 1.0; "
+        "st.global.L2::cache_hint.f32 [%0], %1, last; }" ::"l"(to),
+        "f"(value)
+        : "memory");
+}
+
 // Bulk copies, which a multiprocessor has an engine for from sm_90 on. What they read and write is
 // ordered with other accesses only by the words here.
 constexpr bool kHasBulkCopies = true;
@@ -227,8 +235,15 @@ EP_DEVICE void bulk_await(uint64_t *arrival, uint32_t parity) {
 EP_DEVICE void bulk_before_put() {
     EP_SM90("fence.proxy.async.shared::cta;" :: : "memory");
 }
-EP_DEVICE void bulk_put(char *to, const char *from, int bytes) {
-    EP_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+EP_DEVICE void bulk_put(char *to, const char *from, int bytes, Caching caching) {
+    if (caching == Caching::kKeep)
+        EP_SM90("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+                "r"(shared_address(from)), "r"(bytes) : "memory");
+    else
+        EP_SM90(
+            "{ .reg .b64 first; createpolicy.fractional.L2::evict_first.b64 first, 1.0; "
+            "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, first; }" ::
+                "l"(to),
             "r"(shared_address(from)), "r"(bytes) : "memory");
 }
 EP_DEVICE void bulk_commit() {

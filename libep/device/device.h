@@ -52,12 +52,14 @@
 //   bulk_expect(bytes, arrival)  one lane: so many will come, for one bulk_await
 //   bulk_fetch(to, from, bytes, arrival)  asks for a copy into shared memory
 //   bulk_await(arrival, lap % 2) until all that was expected for the lap has come
-//   bulk_put(to, from, bytes)    asks for a copy out of shared memory; bulk_commit() closes a group
+//   bulk_put(to, from, bytes, caching)  asks for a copy out of shared memory, past the caches as a
+//                                hint; bulk_commit() closes a group
 //   bulk_before_put()            each lane, and then Warp::sync(): its stores may be put
 //   bulk_await_read<n>()         what this lane's groups but the n newest put has been read
 //   bulk_await_written()         and it is there, as if this lane had stored it
 //   bulk_after_observe()         what this lane has observed may be fetched
 //   pass_store                   16 bytes of a row, which this block does not read again
+//   keep_store                   a float whose neighbours in memory are stored later
 //   kTermLoads, kPacksAtOnce     loads in flight of a lane that sums rows; packs of a row of them
 //   kCastsFp8, cast_fp8          whether there is an instruction for that; its bits are Fp8's
 //   kCastsPairs, cast_pair       the same for two floats to bf16 or fp16

@@ -205,6 +205,9 @@ inline Vector pass_load_constant(const Vector *from) {
 inline void pass_store(Vector *to, Vector value) {
     *to = value;
 }
+inline void keep_store(float *to, float value) {
+    *to = value;
+}
 
 // Bulk copies.
 constexpr bool kHasBulkCopies = EP_EMU_PLAIN == 0;
@@ -282,7 +285,7 @@ inline void bulk_await(uint64_t *arrival, uint32_t parity) {
     }
 }
 inline void bulk_before_put() {}
-inline void bulk_put(char *to, const char *from, int bytes) {
+inline void bulk_put(char *to, const char *from, int bytes, Caching) {
     bulk_puts.add(to, from, bytes);
 }
 inline void bulk_commit() {

@@ -180,6 +180,9 @@ EP_DEVICE Vector pass_load_constant(const Vector *from) {
 EP_DEVICE void pass_store(Vector *to, Vector value) {
     *to = value;
 }
+EP_DEVICE void keep_store(float *to, float value) {
+    *to = value;
+}
 
 // ---- Time ---------------------------------------------------------------------------------------
 
@@ -229,7 +232,7 @@ __device__ void bulk_expect(int bytes, uint64_t *arrival);
 __device__ void bulk_fetch(char *to, const char *from, int bytes, uint64_t *arrival);
 __device__ void bulk_await(uint64_t *arrival, uint32_t parity);
 __device__ void bulk_before_put();
-__device__ void bulk_put(char *to, const char *from, int bytes);
+__device__ void bulk_put(char *to, const char *from, int bytes, Caching caching);
 __device__ void bulk_commit();
 template <int kNewest>
 __device__ void bulk_await_read();

@@ -153,6 +153,24 @@ struct Target {
     int64_t scale_stride;  // from group to group
 };
 
+// Where one row goes, to the first `kept` as messages, which are read at once.
+struct Targets {
+    const Target *to;
+    int count, kept;
+    Caching caching;  // of the row at the others
+
+    EP_DEVICE Caching caching_of(int i) const { return i < kept ? Caching::kKeep : caching; }
+};
+
+// The scale of a group of a row. By column, those of several rows share what memory reads and
+// writes at once, so they stay in the cache until all have come, where rows do not.
+EP_DEVICE void put_scale(float *to, float scale, Caching of_row) {
+    if (of_row == Caching::kKeep)
+        *to = scale;
+    else
+        keep_store(to, scale);
+}
+
 // 16 * kPieces channels of a row as float8_e4m3fn.
 template <int kPieces>
 struct Cast {
@@ -227,7 +245,7 @@ struct CastLane {
 
 // Casts one row to float8_e4m3fn with a scale per kScaleGroup channels, into each of its targets.
 template <Element kType>
-EP_DEVICE void cast_fan_out(int count, const Target *to, const char *from, int hidden,
+EP_DEVICE void cast_fan_out(const Targets &targets, const char *from, int hidden,
                             bool power_of_two) {
     constexpr int kPieces = CastLane::kPieces;
     const CastLane lane = CastLane::of_warp();
@@ -244,8 +262,8 @@ EP_DEVICE void cast_fan_out(int count, const Target *to, const char *from, int h
         EP_UNROLL
         for (int i = 0; i < kGroupsInFlight; ++i)
             casts[i] = cast_channels<CastLane::kLanes>(channels[i], power_of_two);
-        for (int target = 0; target < count; ++target) {
-            const Target at = to[target];
+        for (int target = 0; target < targets.count; ++target) {
+            const Target at = targets.to[target];
             if (at.row == nullptr) continue;
             EP_UNROLL
             for (int i = 0; i < kGroupsInFlight; ++i) {

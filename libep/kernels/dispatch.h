@@ -45,27 +45,31 @@ struct Mover {
 // ---- Rows ---------------------------------------------------------------------------------------
 
 // Copies the scales of a row to its targets.
-EP_DEVICE void put_scales(const float *scales, int64_t stride, int group_count, int count,
-                          const Target *to) {
+EP_DEVICE void put_scales(const float *scales, int64_t stride, int group_count,
+                          const Targets &targets) {
+    const Target *to = targets.to;
     for (int g = Warp::rank(); g < group_count; g += Warp::size()) {
         const float scale = scales[g * stride];
-        for (int i = 0; i < count; ++i)
-            if (to[i].row != nullptr) to[i].scales[g * to[i].scale_stride] = scale;
+        for (int i = 0; i < targets.count; ++i)
+            if (to[i].row != nullptr)
+                put_scale(&to[i].scales[g * to[i].scale_stride], scale, targets.caching_of(i));
     }
 }
 
-// Copies or casts a token's row to its targets.
+// Copies or casts a token's row to its targets, of which so many are messages.
 template <bool kCast, Element kType, class Rows>
-EP_DEVICE void put_row(const DispatchArgs &a, Rows *rows, int token, int count, const Target *to) {
+EP_DEVICE void put_row(const DispatchArgs &a, Rows *rows, int token, int count, int messages,
+                       const Target *to) {
+    const Targets targets{to, count, messages, a.round.caching};
     const int hidden = a.round.hidden;
     const char *row = a.x + token * a.x_stride;
     if constexpr (kCast) {
-        rows->template cast_fan_out<kType>(count, to, row, hidden, a.quant == Quant::kFp8Pow2);
+        rows->template cast_fan_out<kType>(targets, row, hidden, a.quant == Quant::kFp8Pow2);
     } else {
-        rows->fan_out(count, to, row, size_t(hidden) * element_bytes(kType), a.round.caching);
+        rows->fan_out(targets, row, size_t(hidden) * element_bytes(kType));
         if constexpr (kType == Element::kFp8)
             put_scales(a.x_scales.data + token * a.x_scales.row_stride, a.x_scales.group_stride,
-                       hidden / kScaleGroup, count, to);
+                       hidden / kScaleGroup, targets);
     }
 }
 
@@ -140,7 +144,7 @@ EP_DEVICE int take_own(const DispatchArgs &a, const Incoming &in) {
 template <bool kCast, Element kType, class Rows>
 EP_DEVICE void place_own(const DispatchArgs &a, Rows *rows, const Incoming &in) {
     const int count = take_own(a, in);
-    put_row<kCast, kType>(a, rows, in.token, count, in.to);
+    put_row<kCast, kType>(a, rows, in.token, count, 0, in.to);
     Warp::sync();  // before the next token's targets take the place of this one's
 }
 
@@ -149,10 +153,11 @@ template <Element kOut, class Rows>
 EP_DEVICE void unpack_row(const DispatchArgs &a, Rows *rows, const char *payload, int count,
                           const Target *to) {
     const size_t row_bytes = size_t(a.round.hidden) * element_bytes(kOut);
-    rows->fan_out(count, to, payload, row_bytes, a.round.caching);
+    const Targets targets{to, count, 0, a.round.caching};
+    rows->fan_out(targets, payload, row_bytes);
     if constexpr (kOut == Element::kFp8)
         put_scales(reinterpret_cast<const float *>(payload + row_bytes), 1,
-                   a.round.hidden / kScaleGroup, count, to);
+                   a.round.hidden / kScaleGroup, targets);
 }
 
 // Waits for a message by flag, and places its row. False if its source has failed before it came.
@@ -211,7 +216,7 @@ EP_DEVICE void send_token(const DispatchArgs &a, Mover<Rows> *mover, uint64_t ep
     }
     const int rows = r.receives() ? take_own(a, {epoch, r.rank, token, targets->to + peers}) : 0;
     Warp::sync();
-    put_row<kCast, kType>(a, &mover->rows, token, peers + rows, targets->to);
+    put_row<kCast, kType>(a, &mover->rows, token, peers + rows, peers, targets->to);
     mover->rows.before_publish(peers);
     for (int i = Warp::rank(); i < peers; i += Warp::size())
         publish(Layout::flag(message_to(targets->peers[i])),

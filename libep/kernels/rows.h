@@ -16,18 +16,18 @@ class LaneRows {
     EP_DEVICE void after_observe() {}
 
     // Copies a row, without its scales, to its targets.
-    EP_DEVICE void fan_out(int count, const Target *to, const char *from, size_t bytes,
-                           Caching caching) {
+    EP_DEVICE void fan_out(const Targets &targets, const char *from, size_t bytes) {
         constexpr int kLoads = 14;  // in flight of a lane
         ep::EP_DEVICE_NAMESPACE::fan_out<Warp, kLoads>(
-            count, [to](int i) { return to[i].row; }, from, bytes, caching);
+            targets.count, [to = targets.to](int i) { return to[i].row; }, from, bytes,
+            targets.caching);
     }
 
     // Casts a row to its targets; see kernels/cast.h.
     template <Element kType>
-    EP_DEVICE void cast_fan_out(int count, const Target *to, const char *from, int hidden,
+    EP_DEVICE void cast_fan_out(const Targets &targets, const char *from, int hidden,
                                 bool power_of_two) {
-        ep::EP_DEVICE_NAMESPACE::cast_fan_out<kType>(count, to, from, hidden, power_of_two);
+        ep::EP_DEVICE_NAMESPACE::cast_fan_out<kType>(targets, from, hidden, power_of_two);
     }
 
     // What went to the first `count` of the last row's targets may be published by any lane.

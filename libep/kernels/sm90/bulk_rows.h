@@ -18,14 +18,14 @@ class BulkRows {
 
     EP_DEVICE void after_observe() { bulk_after_observe(); }
 
-    EP_DEVICE void fan_out(int count, const Target *to, const char *from, size_t bytes, Caching) {
+    EP_DEVICE void fan_out(const Targets &targets, const char *from, size_t bytes) {
         pass(from, bytes, [&](int piece, char *slot, int piece_bytes) {
-            put(count, to, size_t(piece) * kBulkSlotBytes, slot, piece_bytes);
+            put(targets, size_t(piece) * kBulkSlotBytes, slot, piece_bytes);
         });
     }
 
     template <Element kType>
-    EP_DEVICE void cast_fan_out(int count, const Target *to, const char *from, int hidden,
+    EP_DEVICE void cast_fan_out(const Targets &targets, const char *from, int hidden,
                                 bool power_of_two) {
         constexpr int kElement = element_bytes(kType), kChannels = kBulkSlotBytes / kElement;
         constexpr int kGroups = kChannels / kScaleGroup;
@@ -33,12 +33,13 @@ class BulkRows {
         pass(from, size_t(hidden) * kElement, [&](int piece, char *slot, int piece_bytes) {
             const int groups = piece_bytes / kElement / kScaleGroup;
             cast_piece<kType>(slot, groups, power_of_two);
-            put(count, to, size_t(piece) * kChannels, slot, groups * kScaleGroup);
-            for (int i = Warp::rank(); i < count * kGroups; i += Warp::size()) {
-                const int group = i % kGroups;
-                const Target at = to[i / kGroups];
+            put(targets, size_t(piece) * kChannels, slot, groups * kScaleGroup);
+            for (int i = Warp::rank(); i < targets.count * kGroups; i += Warp::size()) {
+                const int group = i % kGroups, target = i / kGroups;
+                const Target at = targets.to[target];
                 if (group < groups && at.row != nullptr)
-                    at.scales[(piece * kGroups + group) * at.scale_stride] = shared_.scales[group];
+                    put_scale(&at.scales[(piece * kGroups + group) * at.scale_stride],
+                              shared_.scales[group], targets.caching_of(target));
             }
         });
     }
@@ -74,9 +75,10 @@ class BulkRows {
     }
 
     // A lane for each target. Every lane counts every piece, whether it puts one or not.
-    EP_DEVICE static void put(int count, const Target *to, size_t at, const char *slot, int bytes) {
-        for (int i = Warp::rank(); i < count; i += Warp::size())
-            if (char *row = to[i].row) bulk_put(row + at, slot, bytes);
+    EP_DEVICE static void put(const Targets &targets, size_t at, const char *slot, int bytes) {
+        for (int i = Warp::rank(); i < targets.count; i += Warp::size())
+            if (char *row = targets.to[i].row)
+                bulk_put(row + at, slot, bytes, targets.caching_of(i));
         bulk_commit();
     }
 
