@@ -40,6 +40,7 @@ missing_packages() {
         compgen -G '/usr/lib/*/cmake/GTest/GTestConfig.cmake' >/dev/null || echo libgtest-dev
     have ip || echo iproute2
     have spin || echo spin
+    have ccache || echo ccache
 }
 
 # install PACKAGE...
@@ -73,6 +74,13 @@ stage_setup() {
 }
 
 # ---- Native ---------------------------------------------------------------------------------------
+
+# Several stages compile the same sources in the same way, which is done once.
+use_ccache() {
+    have ccache || return 0
+    export CCACHE_DIR=$PWD/build/ccache
+    export CMAKE_C_COMPILER_LAUNCHER=ccache CMAKE_CXX_COMPILER_LAUNCHER=ccache
+}
 
 # native PRESET [ARGUMENT OF CMAKE...]
 native() {
@@ -230,6 +238,7 @@ run_stage setup
 if ! grep -q FAILED "$LOGS/setup.row"; then
     PATH=$PATH:$VENV/bin # for a CMake that pip installed; the system's own comes first
     cmake_is_new_enough || PATH=$VENV/bin:$PATH
+    use_ccache
     run_stages
 fi
 
