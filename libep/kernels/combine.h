@@ -35,7 +35,8 @@ EP_KERNEL combine_weights(const CombineArgs a) {
         const float *weights = a.topk_weights + token * r.topk;
         for (int peer = next_owner(layout, choices, r.topk, -1); peer < layout.shape.rank_count;
              peer = next_owner(layout, choices, r.topk, peer)) {
-            if (peer == r.rank || !Warp::broadcast(int{is_active(r, peer)})) continue;
+            if (peer == r.rank) continue;
+            if (!Warp::broadcast(int{may_send(r, Cargo::kWeights, epoch, peer)})) continue;
             const ExpertRange range = ExpertRange::of(layout, peer);
             char *weight = slots_to(r, Cargo::kWeights, epoch, peer).of(token);
             each_entry(choices, weights, r.topk, range, [&](int32_t, int, int index, float value) {
@@ -69,8 +70,9 @@ EP_DEVICE bool find_terms(const CombineArgs &a, const Wait &wait, const Outgoing
                           Terms *terms) {
     const Round &r = a.round;
     const size_t slot = size_t(out.source) * r.layout.shape.token_count_max + out.token;
-    const int active = is_active(r, out.source), count = r.routing.row_counts[slot];
-    if (!Warp::broadcast(active) || count == 0) return false;
+    const int sends = may_send(r, Cargo::kPartials, out.epoch, out.source);
+    const int count = r.routing.row_counts[slot];
+    if (!Warp::broadcast(sends) || count == 0) return false;
     const float *weights = a.topk_weights == nullptr
                                ? r.routing.weights + slot * r.layout.shape.topk_max
                                : await_weights(wait, out);

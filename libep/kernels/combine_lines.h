@@ -65,8 +65,8 @@ EP_KERNEL combine_weights_by_line(const Args a) {
         for (int peer = 0; peer < layout.shape.rank_count; ++peer) {
             const ExpertRange range = ExpertRange::of(layout, peer);
             const Votes had = Warp::count(range.has(choice));
-            const int active = is_active(r, peer);
-            if (peer == r.rank || had.total == 0 || !Warp::broadcast(active)) continue;
+            const int sends = may_send(r, Cargo::kWeights, epoch, peer);
+            if (peer == r.rank || had.total == 0 || !Warp::broadcast(sends)) continue;
             if (Warp::rank() < kTopkMax) values[Warp::rank()] = 0;
             Warp::sync();
             if (range.has(choice)) values[had.lower] = weight;
@@ -131,10 +131,10 @@ EP_DEVICE bool find_line_terms(const CombineArgs &a, const Wait &wait, const Out
     const size_t slot = size_t(out.source) * r.layout.shape.token_count_max + out.token;
     const bool given = a.topk_weights != nullptr;
     const int tokens = Signal::value(r.routing.token_counts[out.source]);
-    const int active = is_active(r, out.source);
+    const int sends = may_send(r, Cargo::kPartials, out.epoch, out.source);
     put_terms<kType>(a, slot, given ? nullptr : r.routing.weights + slot * topk_max, terms);
     Warp::sync();
-    if (out.token >= tokens || !Warp::broadcast(active) || terms->count == 0) return false;
+    if (out.token >= tokens || !Warp::broadcast(sends) || terms->count == 0) return false;
     return !given || await_line_weights(wait, out, terms);
 }
 

@@ -295,13 +295,15 @@ EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *su
     const Round &r = a.round;
     const Layout &layout = r.layout;
     const int per_rank = layout.local_expert_count;
-    for (int peer = Block::rank(); peer < layout.shape.rank_count; peer += Block::size())
-        if (is_active(r, peer))
+    for (int peer = Block::rank(); peer < layout.shape.rank_count; peer += Block::size()) {
+        const Standing standing = standing_of(r, Cargo::kMessages, epoch, peer);
+        if (standing != Standing::kMasked)
             post(words_to(r, Cargo::kMessages, epoch, peer) + per_rank,
-                 Signal::pack(epoch, r.token_count));
+                 Signal::pack(epoch, standing == Standing::kBehind ? kHeldBack : r.token_count));
+    }
     count_before(a, r.chunk_count, sums);
     for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size()) {
-        if (!is_active(r, e / per_rank)) continue;
+        if (!may_send(r, Cargo::kMessages, epoch, e / per_rank)) continue;
         post(words_to(r, Cargo::kMessages, epoch, e / per_rank) + e % per_rank,
              Signal::pack(epoch, sums[e]));
         count_sent(r, e / per_rank, sums[e]);
@@ -313,14 +315,18 @@ EP_DEVICE uint64_t dispatch_epoch_of(const Round &r) {
     return epoch_of(r, r.state->dispatch_tickets, r.routing.state->dispatch_epoch);
 }
 
-// Waits for a count from `source`; -1 if it has failed. A limit it breaks masks the source. With
-// `counts`, the time that passes is counted.
+// Waits for a count from `source`; -1 if it has failed, or holds its tokens back. A limit it breaks
+// masks the source. With `counts`, the time that passes is counted.
 EP_DEVICE int await_count(const Wait &wait, const uint64_t *word, uint64_t epoch, int source,
                           bool counts) {
     const Round &r = wait.round;
     uint64_t signal;
     if (!wait.until_posted(word, epoch, source, Awaited::kCounts, counts, &signal)) return -1;
     if (Signal::value(signal) <= r.layout.shape.token_count_max) return Signal::value(signal);
+    if (source != r.rank && waits_in_vain(r, epoch, source, Awaited::kCounts)) {
+        mask(r, {0, epoch, now_ns() - wait.began_ns, source, Awaited::kCounts, 0, 0});
+        return -1;
+    }
     fetch_add(&r.state->invalid_messages, uint64_t{1});
     if (source != r.rank) mask_for_limit(r, epoch, source, Awaited::kCounts);
     return -1;

@@ -200,7 +200,7 @@ EP_DEVICE void send_token(const DispatchArgs &a, Mover<Rows> *mover, uint64_t ep
     int peers = 0;
     for (int step = 1; step < layout.shape.rank_count; ++step) {
         const int peer = (r.rank + step) % layout.shape.rank_count;
-        if (!Warp::broadcast(int{is_active(r, peer)})) continue;
+        if (!Warp::broadcast(int{may_send(r, Cargo::kMessages, epoch, peer)})) continue;
         const int count =
             put_entries(a, token, ExpertRange::of(layout, peer), Layout::entries(message_to(peer)));
         if (Warp::rank() == 0 && count == 0)
@@ -289,7 +289,10 @@ EP_DEVICE void count_for_all(const DispatchArgs &a, uint64_t epoch, CountShared 
     const Round &r = a.round;
     int32_t *sums = sums_of(a, r.chunk_count, shared->sums);
     if (r.sends()) {
-        if (Block::rank() == 0) r.routing.state->dispatch_epoch = epoch;
+        if (Block::rank() == 0) {
+            r.routing.state->dispatch_epoch = epoch;
+            keep_progress(r, Cargo::kMessages, epoch);
+        }
         publish_counts(a, epoch, sums);
     }
     if (r.receives()) decide_layout(a, epoch, sums);

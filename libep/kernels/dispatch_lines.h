@@ -33,7 +33,8 @@ struct LineDispatchShared {
     int32_t sums[kSharedExpertCountMax];        // of each expert: its choices so far
     int32_t begins[2 * kSharedExpertCountMax];  // [source, then the end][local expert]
     int32_t tokens[kLineRankCountMax];          // of each source; 0 if it is masked
-    int32_t active[kLineRankCountMax], lost[kLineRankCountMax];
+    Standing standings[kLineRankCountMax];
+    int32_t lost[kLineRankCountMax];
     int16_t choices[kLineChoiceCountMax];  // [token][topk]  up to the end of the chunk
     int16_t positions[kLineChoiceCountMax];
     LineWarpShared warps[kMovingThreads / kWarpSize];
@@ -82,18 +83,18 @@ EP_DEVICE void clear_sums(const Round &r, LineDispatchShared *shared) {
 }
 
 // Learns who takes part. The whole block.
-EP_DEVICE void learn_active(const Round &r, LineDispatchShared *shared) {
+EP_DEVICE void learn_standings(const Round &r, uint64_t epoch, LineDispatchShared *shared) {
     EP_ROLLED
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
-        shared->active[peer] = is_active(r, peer);
+        shared->standings[peer] = standing_of(r, Cargo::kMessages, epoch, peer);
         shared->lost[peer] = 0;
     }
 }
 
 // Learns the choices of all tokens up to the chunk's end, sums up those before it, and numbers its
 // own. The whole block.
-EP_DEVICE void learn_choices(const DispatchArgs &a, const LineBlock &block, const LineChunk &chunk,
-                             LineDispatchShared *shared) {
+EP_DEVICE void learn_choices(const DispatchArgs &a, uint64_t epoch, const LineBlock &block,
+                             const LineChunk &chunk, LineDispatchShared *shared) {
     const Round &r = a.round;
     const bool keeps =  // for later launches
         block.role == LineRole::kReceiver && block.index % r.receivers_of_chunk == 0;
@@ -109,8 +110,8 @@ EP_DEVICE void learn_choices(const DispatchArgs &a, const LineBlock &block, cons
             if (i + j * lanes.stride < last)
                 shared->choices[i + j * lanes.stride] = static_cast<int16_t>(experts[j]);
     }
-    learn_active(r, shared);  // after what takes longer is on its way
-    Block::sync();            // the sums are clear now
+    learn_standings(r, epoch, shared);  // after what takes longer is on its way
+    Block::sync();                      // the sums are clear now
     EP_ROLLED
     for (int warp_first = lanes.place - Warp::rank(); warp_first < last;
          warp_first += lanes.stride) {
@@ -140,14 +141,15 @@ EP_DEVICE void learn_choices(const DispatchArgs &a, const LineBlock &block, cons
 }
 
 // The same of a chunk that a launch before has numbered. The whole block.
-EP_DEVICE void recall_choices(const Round &r, const LineChunk &chunk, LineDispatchShared *shared) {
+EP_DEVICE void recall_choices(const Round &r, uint64_t epoch, const LineChunk &chunk,
+                              LineDispatchShared *shared) {
     EP_ROLLED
     for (int i = chunk.tokens.begin * r.topk + Block::rank(); i < chunk.tokens.end * r.topk;
          i += Block::size()) {
         shared->choices[i] = static_cast<int16_t>(r.routing.choices[i]);
         shared->positions[i] = static_cast<int16_t>(r.routing.positions[i]);
     }
-    learn_active(r, shared);
+    learn_standings(r, epoch, shared);
     Block::sync();
 }
 
@@ -177,14 +179,22 @@ EP_DEVICE void tell_counts(const Round &r, uint64_t epoch, LineDispatchShared *s
     EP_ROLLED
     for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size()) {
         const int peer = r.local_experts.quotient(e), index = e - peer * r.local_experts.value;
-        if (shared->active[peer] == 0) continue;
+        const Standing standing = shared->standings[peer];
+        const bool in_step = standing == Standing::kInStep;
+        if (standing == Standing::kMasked) continue;
         char *window = r.window(peer);
-        post(layout.count(window, epoch, r.rank, index), Signal::pack(epoch, shared->sums[e]));
-        count_sent(r, peer, shared->sums[e]);
+        if (in_step) {
+            post(layout.count(window, epoch, r.rank, index), Signal::pack(epoch, shared->sums[e]));
+            count_sent(r, peer, shared->sums[e]);
+        }
         if (index == 0)
-            post(layout.token_count(window, epoch, r.rank), Signal::pack(epoch, r.token_count));
+            post(layout.token_count(window, epoch, r.rank),
+                 Signal::pack(epoch, in_step ? r.token_count : kHeldBack));
     }
-    if (Block::rank() == 0) r.routing.state->dispatch_epoch = epoch;
+    if (Block::rank() == 0) {
+        r.routing.state->dispatch_epoch = epoch;
+        keep_progress(r, Cargo::kMessages, epoch);
+    }
 }
 
 // Word i of those in a window that tell counts: all sources' counts for each expert, then each
@@ -330,7 +340,8 @@ EP_DEVICE void send_part(const Round &r, uint64_t epoch, int token, int64_t expe
     for (int step = 1; step < layout.shape.rank_count; ++step) {
         const int peer = peer_at(r, step);
         const ExpertRange range = ExpertRange::of(layout, peer);
-        if (Warp::all(expert < range.first || expert >= range.end) || shared.active[peer] == 0)
+        if (Warp::all(expert < range.first || expert >= range.end) ||
+            shared.standings[peer] != Standing::kInStep)
             continue;
         char *message = layout.message(r.window(peer), epoch, peer, r.rank, token);
         push_part(part, layout.payload(message), pieces, Signal::pack(epoch, 0));
@@ -355,7 +366,7 @@ EP_DEVICE void send_heads(const DispatchArgs &a, uint64_t epoch, const LineChunk
         EP_ROLLED
         for (int step = 1; step < layout.shape.rank_count; ++step) {
             const int peer = peer_at(r, step);
-            if (shared->active[peer] == 0) continue;
+            if (shared->standings[peer] != Standing::kInStep) continue;
             const ExpertRange range = ExpertRange::of(layout, peer);
             const Votes had = Warp::count(range.has(choice.expert));
             if (range.has(choice.expert))
@@ -505,15 +516,15 @@ EP_DEVICE void begin_block(const DispatchArgs &a, uint64_t epoch, const LineBloc
     const bool has_head = block.role == LineRole::kReceiver && head < chunk.tokens.end;
     const float weight = has_head ? lane_weight(a, head) : 1.0f;
     if (block.role == LineRole::kSender) {
-        learn_active(r, shared);
+        learn_standings(r, epoch, shared);
         Block::sync();
         return;
     }
     clear_sums(r, shared);
     if (r.sends())
-        learn_choices(a, block, chunk, shared);
+        learn_choices(a, epoch, block, chunk, shared);
     else
-        recall_choices(r, chunk, shared);
+        recall_choices(r, epoch, chunk, shared);
     if (block.role == LineRole::kCounter) {
         if (r.sends()) tell_counts(r, epoch, shared);
         if (r.receives()) decide_sources(a, epoch, shared);

@@ -107,6 +107,7 @@ struct Round {
     Routing routing;
     const int32_t *members;   // [rank] 0: not in the group now
     int32_t *active;          // [rank] 1: takes part; a peer that misses the deadline gets 0
+    uint64_t *begun;          // [operation][rank] the last round that a peer is known to have begun
     PeerCounts *peer_counts;  // [rank]
     uint64_t *expert_rows;    // [local expert]  received
     uint64_t timeout_ns;      // kNever: wait for ever; kOfBuffer: BufferState's

@@ -90,6 +90,56 @@ EP_DEVICE bool is_active(const Round &round, int rank) {
     return active != 0 && member != 0;  // both are asked for before the first is looked at
 }
 
+// Whether a peer has a part in what this rank sends.
+enum class Standing : int32_t {
+    kMasked,
+    kBehind,  // it may still read what is in the slots: it is only told that the round has begun
+    kInStep,
+};
+
+// The word by which a rank tells that it has begun a round.
+EP_DEVICE uint64_t *begin_word(const Round &r, Cargo cargo, uint64_t *words) {
+    return cargo == Cargo::kMessages ? words + r.layout.local_expert_count : words;
+}
+EP_DEVICE uint64_t *last_begun(const Round &r, Cargo cargo, int peer) {
+    return r.begun + (cargo == Cargo::kMessages ? peer : r.layout.shape.rank_count + peer);
+}
+
+// What a rank keeps in its own window, for peers that ask: the last round that it has begun.
+EP_DEVICE uint64_t *progress_of(const Round &r, Cargo cargo, int rank) {
+    return r.layout.fence(r.window(rank), cargo != Cargo::kMessages, rank);
+}
+// One thread.
+EP_DEVICE void keep_progress(const Round &r, Cargo cargo, uint64_t epoch) {
+    post(progress_of(r, cargo, r.rank), epoch);
+}
+
+// Asks the peer's window, as nothing that it has told says that it has begun the round: it, or this
+// rank, was masked. What an engine carries goes to no slot there.
+EP_DEVICE bool has_begun_there(const Round &r, Cargo cargo, uint64_t epoch, int peer) {
+    return r.window(peer) == nullptr || look(progress_of(r, cargo, peer)) >= epoch;
+}
+
+// What this rank sends takes the place of what it sent S rounds before. The peer has read that when
+// it has begun the round in the middle between them (ARCHITECTURE.md, Reuse of slots).
+EP_DEVICE Standing standing_of(const Round &r, Cargo cargo, uint64_t epoch, int peer) {
+    if (peer == r.rank) return Standing::kInStep;
+    const uint64_t between = r.layout.shape.slot_count / 2;
+    const uint64_t begun = load(last_begun(r, cargo, peer));
+    if (!is_active(r, peer)) return Standing::kMasked;
+    if (begun + between >= epoch || has_begun_there(r, cargo, epoch - between, peer))
+        return Standing::kInStep;
+    return Standing::kBehind;
+}
+EP_DEVICE bool may_send(const Round &r, Cargo cargo, uint64_t epoch, int peer) {
+    return standing_of(r, cargo, epoch, peer) == Standing::kInStep;
+}
+
+// What a begin word says to who is behind. Of a combine: to others 0, or that there are no sums for
+// them.
+constexpr int kHeldBack = (1 << Signal::kValueBits) - 1;
+constexpr int kNoSums = 1;
+
 // What a block of a launch does. Devices whose blocks run beside each other have blocks for each
 // job, in this order, so that those that others wait for are the first on the device: the counter
 // waits for peers' counters only, senders for the counter, receivers for all. Elsewhere each block
@@ -176,27 +226,23 @@ EP_DEVICE uint64_t timeout_of(const Round &r) {
     return r.timeout_ns == Round::kOfBuffer ? look(&r.state->timeout_ns) : r.timeout_ns;
 }
 
-// What a rank tells a peer when it begins a combine: 0, or that it has none of its tokens.
-constexpr int kLeftOut = 1;
-
 EP_DEVICE bool has_begun(const Round &r, uint64_t epoch, int peer) {
     const uint64_t begun = look(words_from(r, Cargo::kPartials, epoch, peer));
     return Signal::is_of(begun, epoch) || Signal::is_after(begun, epoch);
 }
 
 // Will what is awaited never come? Its source may have gone on to later rounds, or have told, when
-// it began this combine, that it has nothing of this rank: either because this rank was late. Who
+// it began this one, that it has nothing for this rank: either because this rank was late. Who
 // waited for it would be late with the next round too, and so for ever.
 EP_DEVICE bool waits_in_vain(const Round &r, uint64_t epoch, int source, Awaited awaited) {
-    if (awaited == Awaited::kCounts || awaited == Awaited::kRows) {
-        const uint64_t *counts = words_from(r, Cargo::kMessages, epoch, source);
-        return Signal::is_after(look(counts + r.layout.local_expert_count), epoch);
-    }
-    if (awaited != Awaited::kSums && awaited != Awaited::kWeights) return false;
-    const uint64_t begun = look(words_from(r, Cargo::kPartials, epoch, source));
-    return Signal::is_after(begun, epoch) ||
-           (awaited == Awaited::kSums && Signal::is_of(begun, epoch) &&
-            Signal::value(begun) == kLeftOut);
+    if (awaited == Awaited::kBegin || awaited == Awaited::kFence) return false;
+    const bool dispatches = awaited == Awaited::kCounts || awaited == Awaited::kRows;
+    const Cargo cargo = dispatches ? Cargo::kMessages : Cargo::kPartials;
+    const uint64_t begun = look(begin_word(r, cargo, words_from(r, cargo, epoch, source)));
+    if (Signal::is_after(begun, epoch)) return true;
+    if (!Signal::is_of(begun, epoch)) return false;
+    return Signal::value(begun) == kHeldBack ||
+           (awaited == Awaited::kSums && Signal::value(begun) == kNoSums);
 }
 
 // Have all members begun this combine? Each has stored its weights before it tells, so then nobody
@@ -257,7 +303,9 @@ struct Wait {
         }
     }
 
-    // The same for a posted word; one thread. With `counts`, the time is added to the source's.
+    // The same for a posted word; one thread. With `counts`, which one for each source and
+    // operation says, the time is added to the source's, and it is kept that it has begun the
+    // round.
     EP_DEVICE bool until_posted(const uint64_t *word, uint64_t epoch, int source, Awaited awaited,
                                 bool counts, uint64_t *value) const {
         bool active = true;
@@ -271,6 +319,11 @@ struct Wait {
             if (lapse<Thread>(epoch, source, awaited, attempt) && source == round.rank)
                 return false;
         }
+        if (counts && active)
+            post(
+                last_begun(round, awaited == Awaited::kCounts ? Cargo::kMessages : Cargo::kPartials,
+                           source),
+                epoch);
         if (counts && attempt > 0)
             fetch_add(&round.peer_counts[source].waited_ns, now_ns() - began_ns);
         return active;

@@ -111,12 +111,18 @@ EP_DEVICE const float *await_weights(const Wait &wait, const Outgoing &out) {
 
 // That this rank has begun the round, and whether it has anything for the peer.
 EP_DEVICE void tell_peers(const Round &r, uint64_t epoch) {
-    if (Block::rank() == 0) r.routing.state->combine_epoch = epoch;
+    if (Block::rank() == 0) {
+        r.routing.state->combine_epoch = epoch;
+        keep_progress(r, Cargo::kPartials, epoch);
+    }
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
-        if (peer == r.rank || !is_active(r, peer)) continue;
+        const Standing standing = standing_of(r, Cargo::kPartials, epoch, peer);
+        if (peer == r.rank || standing == Standing::kMasked) continue;
         const bool has_tokens = Signal::value(r.routing.token_counts[peer]) != 0;
         post(words_to(r, Cargo::kPartials, epoch, peer),
-             Signal::pack(epoch, has_tokens ? 0 : kLeftOut));
+             Signal::pack(epoch, standing == Standing::kBehind ? kHeldBack
+                                 : has_tokens                  ? 0
+                                                               : kNoSums));
     }
 }
 

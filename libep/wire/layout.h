@@ -12,7 +12,8 @@
 //
 // and behind all slots
 //
-//   fences    [operation][source]  the epoch that the source has sent whole (kernels/fence.h)
+//   fences    [operation][source]  the epoch that the source has sent whole (kernels/fence.h); the
+//                                  owner's own: the last that it has begun (kernels/routing.h)
 //
 // A box is a source other than the owner: a rank's own tokens never pass through its window.
 //

@@ -45,6 +45,7 @@ class Rounds:
     crashes: int = 0
     timeouts: int = 0
     some_tokens: bool = False
+    names_anew: bool = False
     bug: str = ""
     finding: str = HOLDS
     full: bool = False
@@ -62,6 +63,7 @@ class Rounds:
         return (
             flags
             + ["-DSOME_TOKENS"] * self.some_tokens
+            + ["-DNAMES_ANEW"] * self.names_anew
             + ([f"-DBUG_{self.bug}"] if self.bug else [])
         )
 
@@ -69,7 +71,7 @@ class Rounds:
         tokens = "some tokens" if self.some_tokens else "all tokens"
         return (
             f"R={self.ranks} F={self.in_flight} N={self.rounds} crashes={self.crashes} "
-            f"timeouts={self.timeouts} {tokens} {self.bug}"
+            f"timeouts={'any' if self.names_anew else self.timeouts} {tokens} {self.bug}"
         )
 
 
@@ -150,6 +152,16 @@ ROUNDS = [
     Rounds(2, 1, 4, crashes=1, bug="NO_DEADLINE", finding=STUCK),
     Rounds(2, 1, 4, timeouts=1, bug="SENDS_TO_MASKED", finding=STALE),
     Rounds(3, 1, 4, timeouts=1, bug="SENDS_TO_MASKED", finding=STALE),
+    # A caller names all ranks anew in each round.
+    Rounds(2, 1, 6, names_anew=True),
+    Rounds(2, 2, 6, names_anew=True),
+    Rounds(2, 2, 9, names_anew=True, full=True),
+    Rounds(2, 1, 3, crashes=1, names_anew=True, some_tokens=True),
+    Rounds(2, 1, 4, crashes=1, names_anew=True, some_tokens=True, full=True),
+    Rounds(2, 1, 4, names_anew=True, bug="STORES_BLINDLY", finding=STALE),
+    Rounds(2, 2, 6, names_anew=True, bug="STORES_BLINDLY", finding=STALE),
+    Rounds(2, 1, 4, names_anew=True, bug="STORES_EARLY", finding=STALE),
+    Rounds(2, 2, 6, names_anew=True, bug="STORES_EARLY", finding=STALE),
 ]
 
 

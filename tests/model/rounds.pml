@@ -8,6 +8,8 @@
  *                there always is one (dispatch, where a rank without tokens gets an empty one)
  *   CRASHES      so many ranks may stop for ever, at any step
  *   TIMEOUTS     so many waits may end although the peer is only slow
+ *   NAMES_ANEW   each round a caller names all ranks as active, whoever was masked before; any wait
+ *                may end although the peer is only slow
  *   BUG_...      what is planted, and has to be found
  */
 #if defined(BUG_FEW_SLOTS)
@@ -41,6 +43,28 @@ byte crashes = CRASHES, timeouts = TIMEOUTS;
        goto gone                                               \
     :: true                                                    \
     fi
+
+/* A rank that was masked may be many rounds behind. It is stored to if it has begun the round in
+ * the middle between this and the last one of the slot, as a word of its own says. */
+#if defined(NAMES_ANEW)
+byte last_begun[R];
+#define BEGIN(m)                                              \
+    d_step {                                                  \
+        last_begun[me] = m;                                   \
+        peer = 0;                                             \
+        do                                                    \
+        :: peer < R -> MASKED(me, peer) = false; peer++       \
+        :: else -> break                                      \
+        od;                                                   \
+        peer = 0                                              \
+    }
+#define MISSED(peer) true
+#if defined(BUG_STORES_EARLY)
+#define MAY_STORE(peer, m) (last_begun[peer] + F + 1 >= m)
+#elif !defined(BUG_STORES_BLINDLY)
+#define MAY_STORE(peer, m) (last_begun[peer] + F >= m)
+#endif
+#endif
 
 /* Who is dead, or has masked me, never comes. */
 #define EXCUSED(peer) (dead[peer] || MASKED(peer, me))

@@ -11,8 +11,21 @@
  *   SENT(m), WHOLE(peer, m)  the bytes of a message, here and as they should come from a peer
  *   WINDOW, N, LEAVES        rounds in flight; rounds; if defined, when to stop before the last
  *   NO_BEGIN_WORDS           if there always is a message, these say nothing that its flag does not
+ *
+ * and may say
+ *
+ *   BEGIN(m)                 what else happens when a round begins
+ *   MISSED(peer)             whether a wait may end
+ *   MAY_STORE(peer, m)       whether a message may be stored where one of an older round is
  */
-#if defined(BUG_NO_DEADLINE)
+#if !defined(BEGIN)
+#define BEGIN(m) skip
+#endif
+#if !defined(MAY_STORE)
+#define MAY_STORE(peer, m) true
+#endif
+#if defined(MISSED)
+#elif defined(BUG_NO_DEADLINE)
 #define MISSED(peer) false
 #else
 #define MISSED(peer) (EXCUSED(peer) || timeouts > 0)
@@ -26,7 +39,8 @@
     :: atomic { !MASKED(me, peer) && !(condition) && MISSED(peer) ->                  \
                 if                                                                    \
                 :: EXCUSED(peer)                                                      \
-                :: else -> timeouts--                                                 \
+                :: !EXCUSED(peer) && timeouts > 0 -> timeouts--                       \
+                :: else                                                               \
                 fi;                                                                   \
                 MASKED(me, peer) = true;                                              \
                 came = false }                                                        \
@@ -44,6 +58,7 @@
 #endif
 
 inline send(m) {
+    BEGIN(m);
 #if !defined(NO_BEGIN_WORDS)
     peer = 0;
     do
@@ -61,7 +76,7 @@ inline send(m) {
     do
     :: peer < R ->
        if
-       :: SENDS_TO(peer) && TOKEN(me, peer, m) ->
+       :: SENDS_TO(peer) && TOKEN(me, peer, m) && MAY_STORE(peer, m) ->
 #if defined(BUG_FLAG_FIRST)
           flag[PLACE(peer, me, m)] = m;
           STEP;

@@ -142,7 +142,7 @@ TEST(HostileCounts, MaskTheirSourceAndLeaveTheRestExact) {
     const uint32_t too_many = rig().tokens_max + 1;
     const std::function<void(Forger &)> forgeries[] = {
         [=](Forger &forger) { forger.publish_counts(too_many, 0); },
-        [=](Forger &forger) { forger.publish_counts(most, 0); },
+        [=](Forger &forger) { forger.publish_counts(most - 1, 0); },
         [=](Forger &forger) {
             forger.publish_counts(1, 0);
             forger.publish_count(1, too_many);

@@ -215,6 +215,23 @@ TEST(CpuKernelsOfAnyLevel, LeaveOutTheRowsOfARankThatDiesAfterItsCounts) {
         }
 }
 
+TEST(CpuKernelsOfAnyLevel, OvertakeNobodyWhoIsNamedAnew) {
+    for (const Weights weights : {Weights::kAtDispatch, Weights::kAtCombine}) {
+        Rig rig = shaped(3, 6, 4, 4, 128);
+        rig.weights = weights;
+        rig.topk = rig.experts;
+        expect_nothing_overtakes(rig, 2, 1500);
+    }
+}
+
+TEST(CpuKernelsOfAnyLevel, SendAgainToWhoWasMasked) {
+    for (const int in_flight : {1, 2}) {
+        Rig rig = shaped(3, 6, 4, 4, 128);
+        rig.rounds_in_flight = in_flight;
+        expect_unmasked_is_in_step(rig, 1, 1520);
+    }
+}
+
 TEST(CpuKernelsOfAnyLevel, KeepEachOtherWhenOneDiesBeforeItsWeights) {
     Rig rig = shaped(3, 6, 4, 4, 128);
     rig.weights = Weights::kAtCombine;

@@ -319,6 +319,23 @@ TEST(EmuKernels, LeaveARankAloneThatIsNotInTheGroup) {
     if (kLines) expect_absent_is_left_alone(by_line(rig), 2, 980);
 }
 
+TEST(EmuKernels, OvertakeNobodyWhoIsNamedAnew) {
+    if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = of_three_ranks(small_bf16(Weights::kAtCombine));
+    rig.hidden = 8;
+    rig.topk = rig.experts;
+    expect_nothing_overtakes(rig, 2, 1500);
+    if (kLines) expect_nothing_overtakes(by_line(rig), 2, 1510);
+}
+
+TEST(EmuKernels, SendAgainToWhoWasMasked) {
+    if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = of_three_ranks(small_bf16(Weights::kAtDispatch));
+    rig.hidden = 8;
+    expect_unmasked_is_in_step(rig, 1, 1520);
+    if (kLines) expect_unmasked_is_in_step(by_line(rig), 1, 1530);
+}
+
 TEST(EmuKernels, KeepEachOtherWhenOneNeverStarts) {
     if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
     Rig rig = of_three_ranks(small_bf16(Weights::kNone));

@@ -471,6 +471,80 @@ inline void expect_absent_is_left_alone(Rig rig, int absent, uint64_t seed) {
     EXPECT_EQ(fleet.state(absent == 0 ? 1 : 0).incident_count, 0U);
 }
 
+// What lies in a rank's window but for the words that say that a round has begun.
+inline std::vector<char> cargo_in_window(Fleet &fleet, int rank) {
+    const Layout &layout = fleet.layout();
+    std::vector<char> copy(fleet.window(rank), fleet.window(rank) + layout.bytes);
+    for (int source = 0; source < layout.shape.rank_count; ++source) {
+        for (int slot = 0; slot < layout.shape.slot_count; ++slot) {
+            *layout.token_count(copy.data(), slot, source) = 0;
+            *layout.arrival(copy.data(), slot, source) = 0;
+        }
+        for (int operation = 0; operation < Layout::kOperations; ++operation)
+            *layout.fence(copy.data(), operation, source) = 0;
+    }
+    return copy;
+}
+
+// A phase of a round in which the caller names all ranks as active, also one that does not come.
+inline void run_naming_all(Fleet &fleet, Round &round, Phase phase, int behind) {
+    for (int rank = 0; rank < fleet.rig().ranks; ++rank)
+        fleet.active(rank).assign(fleet.rig().ranks, 1);
+    fleet.run([&](int rank) { (fleet.*phase)(round.tasks[rank]); }, {behind});
+}
+
+// A rank stops in the middle of a round, and the others go on without masking it for good: nothing
+// takes the place of what it has not read, however far they get.
+inline void expect_nothing_overtakes(Rig rig, int behind, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed) + ", rank " + std::to_string(behind) + " behind");
+    rig.rounds_in_flight = 1;
+    Fleet fleet(rig);
+    Round round = fleet.round(seed, std::vector<int>(rig.ranks, rig.tokens_max));
+    fleet.run([&](int rank) { fleet.dispatch(round.tasks[rank]); });
+    Round next = fleet.round(seed + 1, std::vector<int>(rig.ranks, rig.tokens_max));
+    fleet.run([&](int rank) { fleet.dispatch_send(next.tasks[rank]); });
+    fleet.set_timeout_ns(kShortNs);
+    for (int rank = 0; rank < rig.ranks; ++rank)
+        if (rank != behind) fleet.dispatch_receive(next.tasks[rank]);
+    // It has begun the second dispatch and no combine: the slots of one more of each are free.
+    std::vector<char> before;
+    Round more = fleet.round(seed + 2, std::vector<int>(rig.ranks, rig.tokens_max));
+    for (int times = 0; times < 4; ++times) {
+        run_naming_all(fleet, more, &Fleet::dispatch, behind);
+        run_naming_all(fleet, round, &Fleet::combine, behind);
+        const std::vector<char> after = cargo_in_window(fleet, behind);
+        EXPECT_TRUE(times == 0 || before == after) << "after " << times << " more";
+        before = after;
+    }
+}
+
+// A rank that the others have masked for some rounds, and that has gone on with them, is sent to
+// again as soon as all name it, whoever begins first.
+inline void expect_unmasked_is_in_step(const Rig &rig, int masked, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed) + ", masked rank " + std::to_string(masked));
+    Fleet fleet(rig);
+    for (int i = 0; i < 2 * rig.rounds_in_flight + 1; ++i) {
+        Round round = fleet.round(seed + i);
+        for (int rank = 0; rank < rig.ranks; ++rank)
+            for (int peer = 0; peer < rig.ranks; ++peer)
+                fleet.active(rank)[peer] = (rank == masked) == (peer == masked);
+        fleet.run([&](int rank) { fleet.both(round.tasks[rank]); });
+    }
+    Round round = fleet.round(seed + 100, std::vector<int>(rig.ranks, rig.tokens_max));
+    for (int rank = 0; rank < rig.ranks; ++rank)
+        fleet.active(rank).assign(rig.ranks, 1);
+    for (const auto &[send, receive] :
+         {std::pair<Phase, Phase>{&Fleet::dispatch_send, &Fleet::dispatch_receive},
+          std::pair<Phase, Phase>{&Fleet::combine_send, &Fleet::combine_receive}}) {
+        for (int rank = 0; rank < rig.ranks; ++rank)
+            (fleet.*send)(round.tasks[rank]);
+        fleet.run([&, now = receive](int rank) { (fleet.*now)(round.tasks[rank]); });
+    }
+    expect_right(fleet, round);
+    for (int rank = 0; rank < rig.ranks; ++rank)
+        EXPECT_EQ(fleet.active(rank), std::vector<int32_t>(rig.ranks, 1));
+}
+
 // A rank that takes part in dispatch, and then no more: its experts' share is left out of combine.
 inline void expect_combine_without(Rig rig, int dead, uint64_t seed) {
     SCOPED_TRACE(describe(rig, seed) + ", dead rank " + std::to_string(dead));

@@ -143,6 +143,7 @@ class Fleet {
             member.present.assign(rig.ranks, 1);
             member.peer_counts.resize(rig.ranks);
             member.expert_rows.resize(rig.local_experts());
+            member.begun.resize(2 * rig.ranks);
             if (create_workers(rig.threads, &member.workers) != MEP_OK) std::abort();
             member.tally.resize(size_t(rig.experts) *
                                 tally_row_count(kernels_.chunk_count_max(queue(rank))));
@@ -261,7 +262,7 @@ class Fleet {
         BufferState state{};
         std::vector<int32_t> active, present, tally, box_of;
         std::vector<PeerCounts> peer_counts;
-        std::vector<uint64_t> expert_rows;
+        std::vector<uint64_t> expert_rows, begun;
         bool receives_from_inbox = false;
         std::unique_ptr<Workers> workers;
     };
@@ -436,6 +437,7 @@ inline ep::Round Fleet::kernel_round(Task &task) {
     round.members = member.present.data();
     round.active = member.active.data();
     round.peer_counts = member.peer_counts.data();
+    round.begun = member.begun.data();
     round.expert_rows = member.expert_rows.data();
     round.timeout_ns = rig_.timeout_ns;
     round.token_count = task.tokens.count;
