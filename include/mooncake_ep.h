@@ -735,7 +735,9 @@ typedef struct mep_dispatch_args {
     /**
      * int32 [R or more], or NULL. In: 1 = take part, 0 = neither send to nor wait for that rank
      * (the own rank always takes part). Out: 0 for a rank that missed the deadline. With NULL the
-     * buffer keeps such a mask of its own, all ones at first.
+     * buffer keeps such a mask of its own, all ones at first. A rank that was 0 may be 1 again:
+     * while it is too many rounds behind, nothing is sent that it has no room for, of which it
+     * hears, and masks this rank in that call.
      */
     const mep_tensor_t *active_ranks;
 

@@ -148,7 +148,7 @@ mep_status_t Buffer::allocate() {
     EP_TRY(set_timeout(group_->timeout_us()));
     EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &active_));
     EP_TRY(device()->allocate(sizeof(int32_t) * ranks, &members_));
-    EP_TRY(device()->allocate(2 * sizeof(uint64_t) * ranks, &begun_));
+    EP_TRY(device()->allocate(sizeof(Pace) * ranks, &paces_));
     EP_TRY(device()->allocate(
         sizeof(PeerCounts) * ranks + sizeof(uint64_t) * layout.local_expert_count, &counts_));
     // For all of the device: an update may leave this rank more of it.
@@ -177,9 +177,8 @@ mep_status_t Buffer::write_members(const Formation &formation, const Epochs &epo
                            sizeof(char *) * addresses.size()));
     EP_TRY(device()->write(members_.get(), active_seen_.data(), mask_bytes));
     EP_TRY(device()->write(active_.get(), active_seen_.data(), mask_bytes));
-    std::vector<uint64_t> begun(2 * active_seen_.size(), epochs.dispatch);
-    std::fill(begun.begin() + active_seen_.size(), begun.end(), epochs.combine);
-    EP_TRY(device()->write(begun_.get(), begun.data(), sizeof(uint64_t) * begun.size()));
+    const std::vector<Pace> paces(active_seen_.size(), {{epochs.dispatch, epochs.combine}, {}, 0});
+    EP_TRY(device()->write(paces_.get(), paces.data(), sizeof(Pace) * paces.size()));
     return device()->write(state_.get(), tickets, sizeof tickets);
 }
 
@@ -317,7 +316,7 @@ Round Buffer::round(void *handle_memory, int32_t *active, int64_t timeout_us) co
                      signals(at.lost)};
     round.members = static_cast<const int32_t *>(members_.get());
     round.active = active == nullptr ? own_active() : active;
-    round.begun = static_cast<uint64_t *>(begun_.get());
+    round.paces = static_cast<Pace *>(paces_.get());
     round.peer_counts = peer_counts();
     round.expert_rows = expert_counts();
     round.timeout_ns = timeout_us == 0 ? Round::kOfBuffer : timeout_in_ns(timeout_us);

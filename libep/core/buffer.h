@@ -83,7 +83,7 @@ class Buffer {
         : state_(nullptr, nullptr),
           active_(nullptr, nullptr),
           members_(nullptr, nullptr),
-          begun_(nullptr, nullptr),
+          paces_(nullptr, nullptr),
           counts_(nullptr, nullptr),
           tally_(nullptr, nullptr),
           windows_on_device_(nullptr, nullptr) {}
@@ -107,7 +107,7 @@ class Buffer {
     std::unique_ptr<Workers> workers_;
     bool may_move_in_bulk_ = true;
     // counts_: a PeerCounts for each rank, then the rows of each local expert.
-    DeviceMemory state_, active_, members_, begun_, counts_, tally_, windows_on_device_;
+    DeviceMemory state_, active_, members_, paces_, counts_, tally_, windows_on_device_;
     std::vector<int32_t> active_seen_;  // own_active() as of the last call
 };
 

@@ -36,7 +36,7 @@ EP_KERNEL combine_weights(const CombineArgs a) {
         for (int peer = next_owner(layout, choices, r.topk, -1); peer < layout.shape.rank_count;
              peer = next_owner(layout, choices, r.topk, peer)) {
             if (peer == r.rank) continue;
-            if (!Warp::broadcast(int{may_send(r, Cargo::kWeights, epoch, peer)})) continue;
+            if (!Warp::broadcast(int{may_send_weights(r, epoch, peer)})) continue;
             const ExpertRange range = ExpertRange::of(layout, peer);
             char *weight = slots_to(r, Cargo::kWeights, epoch, peer).of(token);
             each_entry(choices, weights, r.topk, range, [&](int32_t, int, int index, float value) {

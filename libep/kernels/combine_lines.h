@@ -65,7 +65,7 @@ EP_KERNEL combine_weights_by_line(const Args a) {
         for (int peer = 0; peer < layout.shape.rank_count; ++peer) {
             const ExpertRange range = ExpertRange::of(layout, peer);
             const Votes had = Warp::count(range.has(choice));
-            const int sends = may_send(r, Cargo::kWeights, epoch, peer);
+            const int sends = may_send_weights(r, epoch, peer);
             if (peer == r.rank || had.total == 0 || !Warp::broadcast(sends)) continue;
             if (Warp::rank() < kTopkMax) values[Warp::rank()] = 0;
             Warp::sync();

@@ -296,7 +296,7 @@ EP_DEVICE void publish_counts(const DispatchArgs &a, uint64_t epoch, int32_t *su
     const Layout &layout = r.layout;
     const int per_rank = layout.local_expert_count;
     for (int peer = Block::rank(); peer < layout.shape.rank_count; peer += Block::size()) {
-        const Standing standing = standing_of(r, Cargo::kMessages, epoch, peer);
+        const Standing standing = decide_standing(r, Cargo::kMessages, epoch, peer);
         if (standing != Standing::kMasked)
             post(words_to(r, Cargo::kMessages, epoch, peer) + per_rank,
                  Signal::pack(epoch, standing == Standing::kBehind ? kHeldBack : r.token_count));

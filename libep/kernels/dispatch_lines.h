@@ -33,8 +33,7 @@ struct LineDispatchShared {
     int32_t sums[kSharedExpertCountMax];        // of each expert: its choices so far
     int32_t begins[2 * kSharedExpertCountMax];  // [source, then the end][local expert]
     int32_t tokens[kLineRankCountMax];          // of each source; 0 if it is masked
-    Standing standings[kLineRankCountMax];
-    int32_t lost[kLineRankCountMax];
+    int32_t sends[kLineRankCountMax], lost[kLineRankCountMax];
     int16_t choices[kLineChoiceCountMax];  // [token][topk]  up to the end of the chunk
     int16_t positions[kLineChoiceCountMax];
     LineWarpShared warps[kMovingThreads / kWarpSize];
@@ -75,20 +74,34 @@ struct LineChunk {
     EP_DEVICE int token_count() const { return tokens.end - tokens.begin; }
 };
 
-// Clears the sums. The whole block.
+// Clears what is counted up. The whole block.
 EP_DEVICE void clear_sums(const Round &r, LineDispatchShared *shared) {
     EP_ROLLED
     for (int e = Block::rank(); e < r.layout.shape.expert_count; e += Block::size())
         shared->sums[e] = 0;
+    EP_ROLLED
+    for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size())
+        shared->lost[peer] = 0;
 }
 
-// Learns who takes part. The whole block.
-EP_DEVICE void learn_standings(const Round &r, uint64_t epoch, LineDispatchShared *shared) {
+// Decides who takes part, and tells who is behind. The counter's block.
+EP_DEVICE void decide_peers(const Round &r, uint64_t epoch, LineDispatchShared *shared) {
+    if (Block::rank() == 0) keep_progress(r, Cargo::kMessages, epoch);
     EP_ROLLED
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
-        shared->standings[peer] = standing_of(r, Cargo::kMessages, epoch, peer);
-        shared->lost[peer] = 0;
+        const Standing standing = decide_standing(r, Cargo::kMessages, epoch, peer);
+        if (standing == Standing::kBehind)
+            post(r.layout.token_count(r.window(peer), epoch, r.rank),
+                 Signal::pack(epoch, kHeldBack));
+        shared->sends[peer] = standing == Standing::kInStep;
     }
+}
+
+// Learns who takes part. Any other whole block.
+EP_DEVICE void learn_peers(const Round &r, uint64_t epoch, LineDispatchShared *shared) {
+    EP_ROLLED
+    for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size())
+        shared->sends[peer] = may_send(r, Cargo::kMessages, epoch, peer);
 }
 
 // Learns the choices of all tokens up to the chunk's end, sums up those before it, and numbers its
@@ -110,8 +123,12 @@ EP_DEVICE void learn_choices(const DispatchArgs &a, uint64_t epoch, const LineBl
             if (i + j * lanes.stride < last)
                 shared->choices[i + j * lanes.stride] = static_cast<int16_t>(experts[j]);
     }
-    learn_standings(r, epoch, shared);  // after what takes longer is on its way
-    Block::sync();                      // the sums are clear now
+    // After what takes longer is on its way.
+    if (block.role == LineRole::kCounter)
+        decide_peers(r, epoch, shared);
+    else
+        learn_peers(r, epoch, shared);
+    Block::sync();  // the sums are clear now
     EP_ROLLED
     for (int warp_first = lanes.place - Warp::rank(); warp_first < last;
          warp_first += lanes.stride) {
@@ -141,15 +158,13 @@ EP_DEVICE void learn_choices(const DispatchArgs &a, uint64_t epoch, const LineBl
 }
 
 // The same of a chunk that a launch before has numbered. The whole block.
-EP_DEVICE void recall_choices(const Round &r, uint64_t epoch, const LineChunk &chunk,
-                              LineDispatchShared *shared) {
+EP_DEVICE void recall_choices(const Round &r, const LineChunk &chunk, LineDispatchShared *shared) {
     EP_ROLLED
     for (int i = chunk.tokens.begin * r.topk + Block::rank(); i < chunk.tokens.end * r.topk;
          i += Block::size()) {
         shared->choices[i] = static_cast<int16_t>(r.routing.choices[i]);
         shared->positions[i] = static_cast<int16_t>(r.routing.positions[i]);
     }
-    learn_standings(r, epoch, shared);
     Block::sync();
 }
 
@@ -179,22 +194,14 @@ EP_DEVICE void tell_counts(const Round &r, uint64_t epoch, LineDispatchShared *s
     EP_ROLLED
     for (int e = Block::rank(); e < layout.shape.expert_count; e += Block::size()) {
         const int peer = r.local_experts.quotient(e), index = e - peer * r.local_experts.value;
-        const Standing standing = shared->standings[peer];
-        const bool in_step = standing == Standing::kInStep;
-        if (standing == Standing::kMasked) continue;
+        if (shared->sends[peer] == 0) continue;
         char *window = r.window(peer);
-        if (in_step) {
-            post(layout.count(window, epoch, r.rank, index), Signal::pack(epoch, shared->sums[e]));
-            count_sent(r, peer, shared->sums[e]);
-        }
+        post(layout.count(window, epoch, r.rank, index), Signal::pack(epoch, shared->sums[e]));
+        count_sent(r, peer, shared->sums[e]);
         if (index == 0)
-            post(layout.token_count(window, epoch, r.rank),
-                 Signal::pack(epoch, in_step ? r.token_count : kHeldBack));
+            post(layout.token_count(window, epoch, r.rank), Signal::pack(epoch, r.token_count));
     }
-    if (Block::rank() == 0) {
-        r.routing.state->dispatch_epoch = epoch;
-        keep_progress(r, Cargo::kMessages, epoch);
-    }
+    if (Block::rank() == 0) r.routing.state->dispatch_epoch = epoch;
 }
 
 // Word i of those in a window that tell counts: all sources' counts for each expert, then each
@@ -258,9 +265,12 @@ EP_DEVICE void decide_sources(const DispatchArgs &a, uint64_t epoch, LineDispatc
 }
 
 // A count from a source, or its number of tokens, once the counter has decided about it. Which
-// checked the limit and that it is there, but a window may change.
-EP_DEVICE int decided_count(const Wait &wait, uint64_t epoch, int source, const uint64_t *word) {
+// checked the limit and that it is there, but a window may change: the word that says the number of
+// tokens also when the source goes on to a later round.
+EP_DEVICE int decided_count(const Wait &wait, uint64_t epoch, const CountWord &of) {
     const Round &r = wait.round;
+    const auto [source, index] = of;
+    const uint64_t *word = of.in(r, epoch);
     EP_ROLLED
     for (uint32_t attempt = 0;; ++attempt) {
         const uint64_t tokens = look(&r.routing.token_counts[source]), count = look(word);
@@ -268,7 +278,8 @@ EP_DEVICE int decided_count(const Wait &wait, uint64_t epoch, int source, const 
             pause(attempt);
             continue;
         }
-        if (Signal::value(tokens) == 0) return 0;
+        if (Signal::value(tokens) == 0 || index == r.layout.local_expert_count)
+            return Signal::value(tokens);
         if (Signal::is_of(count, epoch))
             return Signal::value(count) <= r.layout.shape.token_count_max ? Signal::value(count)
                                                                           : 0;
@@ -286,7 +297,7 @@ EP_DEVICE void await_begins(const Round &r, uint64_t epoch, LineDispatchShared *
     EP_ROLLED
     for (int i = Block::rank(); i < ranks * (experts + 1); i += Block::size()) {
         const CountWord word = CountWord::of(r, i);
-        *word.place(r, shared) = decided_count(wait, epoch, word.source, word.in(r, epoch));
+        *word.place(r, shared) = decided_count(wait, epoch, word);
     }
     Block::sync();
     EP_ROLLED
@@ -340,8 +351,7 @@ EP_DEVICE void send_part(const Round &r, uint64_t epoch, int token, int64_t expe
     for (int step = 1; step < layout.shape.rank_count; ++step) {
         const int peer = peer_at(r, step);
         const ExpertRange range = ExpertRange::of(layout, peer);
-        if (Warp::all(expert < range.first || expert >= range.end) ||
-            shared.standings[peer] != Standing::kInStep)
+        if (Warp::all(expert < range.first || expert >= range.end) || shared.sends[peer] == 0)
             continue;
         char *message = layout.message(r.window(peer), epoch, peer, r.rank, token);
         push_part(part, layout.payload(message), pieces, Signal::pack(epoch, 0));
@@ -366,7 +376,7 @@ EP_DEVICE void send_heads(const DispatchArgs &a, uint64_t epoch, const LineChunk
         EP_ROLLED
         for (int step = 1; step < layout.shape.rank_count; ++step) {
             const int peer = peer_at(r, step);
-            if (shared->standings[peer] != Standing::kInStep) continue;
+            if (shared->sends[peer] == 0) continue;
             const ExpertRange range = ExpertRange::of(layout, peer);
             const Votes had = Warp::count(range.has(choice.expert));
             if (range.has(choice.expert))
@@ -516,7 +526,7 @@ EP_DEVICE void begin_block(const DispatchArgs &a, uint64_t epoch, const LineBloc
     const bool has_head = block.role == LineRole::kReceiver && head < chunk.tokens.end;
     const float weight = has_head ? lane_weight(a, head) : 1.0f;
     if (block.role == LineRole::kSender) {
-        learn_standings(r, epoch, shared);
+        learn_peers(r, epoch, shared);
         Block::sync();
         return;
     }
@@ -524,7 +534,7 @@ EP_DEVICE void begin_block(const DispatchArgs &a, uint64_t epoch, const LineBloc
     if (r.sends())
         learn_choices(a, epoch, block, chunk, shared);
     else
-        recall_choices(r, epoch, chunk, shared);
+        recall_choices(r, chunk, shared);
     if (block.role == LineRole::kCounter) {
         if (r.sends()) tell_counts(r, epoch, shared);
         if (r.receives()) decide_sources(a, epoch, shared);

@@ -44,7 +44,9 @@ EP_KERNEL phase_fence_kernel(const FenceArgs<Args> a) {
         // What an engine carries is in the order of the stream anyway.
         const bool far = r.far.box_of != nullptr && r.far.box_of[peer] != Far::kNear;
         if (peer == r.rank || far || !is_active(r, peer)) continue;
-        if (a.tells)
+        if (kOperation == 1 && !a.tells && has_held_back(r, epoch, peer))
+            mask(r, {0, epoch, 0, peer, Awaited::kFence, 0, 0});
+        else if (a.tells)
             publish(r.layout.fence(r.window(peer), kOperation, r.rank), epoch);
         else
             await_fence(wait, r.layout.fence(r.window(r.rank), kOperation, peer), epoch, peer);

@@ -55,6 +55,13 @@ struct PeerCounts {
     uint64_t waited_ns;  // for its counts and its begin of a combine
 };
 
+// How far a peer is, as this rank knows, in each operation: dispatch, then combine.
+struct Pace {
+    uint64_t begun[2];     // the last round that it is known to have begun
+    uint64_t standing[2];  // Signal: a Standing, in the last round that this rank has begun
+    uint64_t unweighted;   // the last combine of which weights were held back from it
+};
+
 struct HandleState {
     uint64_t dispatch_epoch, combine_epoch;  // of the handle's last round of each
 };
@@ -107,7 +114,7 @@ struct Round {
     Routing routing;
     const int32_t *members;   // [rank] 0: not in the group now
     int32_t *active;          // [rank] 1: takes part; a peer that misses the deadline gets 0
-    uint64_t *begun;          // [operation][rank] the last round that a peer is known to have begun
+    Pace *paces;              // [rank]
     PeerCounts *peer_counts;  // [rank]
     uint64_t *expert_rows;    // [local expert]  received
     uint64_t timeout_ns;      // kNever: wait for ever; kOfBuffer: BufferState's

@@ -101,38 +101,49 @@ enum class Standing : int32_t {
 EP_DEVICE uint64_t *begin_word(const Round &r, Cargo cargo, uint64_t *words) {
     return cargo == Cargo::kMessages ? words + r.layout.local_expert_count : words;
 }
-EP_DEVICE uint64_t *last_begun(const Round &r, Cargo cargo, int peer) {
-    return r.begun + (cargo == Cargo::kMessages ? peer : r.layout.shape.rank_count + peer);
+// Of the arrays of a Pace, and of fences.
+EP_DEVICE int operation_of(Cargo cargo) {
+    return cargo != Cargo::kMessages;
 }
 
 // What a rank keeps in its own window, for peers that ask: the last round that it has begun.
 EP_DEVICE uint64_t *progress_of(const Round &r, Cargo cargo, int rank) {
-    return r.layout.fence(r.window(rank), cargo != Cargo::kMessages, rank);
+    return r.layout.fence(r.window(rank), operation_of(cargo), rank);
 }
 // One thread.
 EP_DEVICE void keep_progress(const Round &r, Cargo cargo, uint64_t epoch) {
     post(progress_of(r, cargo, r.rank), epoch);
 }
 
-// Asks the peer's window, as nothing that it has told says that it has begun the round: it, or this
-// rank, was masked. What an engine carries goes to no slot there.
-EP_DEVICE bool has_begun_there(const Round &r, Cargo cargo, uint64_t epoch, int peer) {
-    return r.window(peer) == nullptr || look(progress_of(r, cargo, peer)) >= epoch;
+// What this rank sends takes the place of what it sent S rounds before. A peer has read that when
+// it has begun the round in the middle between them (ARCHITECTURE.md, Reuse of slots).
+EP_DEVICE bool is_in_step(const Round &r, uint64_t epoch, uint64_t begun) {
+    return begun + r.layout.shape.slot_count / 2 >= epoch;
 }
 
-// What this rank sends takes the place of what it sent S rounds before. The peer has read that when
-// it has begun the round in the middle between them (ARCHITECTURE.md, Reuse of slots).
+// Asks the peer's window, as nothing that it has told says so: it, or this rank, was masked. What
+// an engine carries goes to no slot there.
+EP_DEVICE bool is_in_step_there(const Round &r, Cargo cargo, uint64_t epoch, int peer) {
+    return r.window(peer) == nullptr || is_in_step(r, epoch, look(progress_of(r, cargo, peer)));
+}
+
 EP_DEVICE Standing standing_of(const Round &r, Cargo cargo, uint64_t epoch, int peer) {
     if (peer == r.rank) return Standing::kInStep;
-    const uint64_t between = r.layout.shape.slot_count / 2;
-    const uint64_t begun = load(last_begun(r, cargo, peer));
+    const uint64_t begun = load(&r.paces[peer].begun[operation_of(cargo)]);
     if (!is_active(r, peer)) return Standing::kMasked;
-    if (begun + between >= epoch || has_begun_there(r, cargo, epoch - between, peer))
-        return Standing::kInStep;
-    return Standing::kBehind;
+    return is_in_step(r, epoch, begun) || is_in_step_there(r, cargo, epoch, peer)
+               ? Standing::kInStep
+               : Standing::kBehind;
 }
-EP_DEVICE bool may_send(const Round &r, Cargo cargo, uint64_t epoch, int peer) {
-    return standing_of(r, cargo, epoch, peer) == Standing::kInStep;
+
+// The same for all of the launch that sends, by its counter, which tells the peer accordingly.
+EP_DEVICE Standing decide_standing(const Round &r, Cargo cargo, uint64_t epoch, int peer) {
+    Pace &pace = r.paces[peer];
+    Standing standing = standing_of(r, cargo, epoch, peer);
+    const bool lacks_weights = cargo == Cargo::kPartials && look(&pace.unweighted) == epoch;
+    if (lacks_weights && standing == Standing::kInStep) standing = Standing::kBehind;
+    post(&pace.standing[operation_of(cargo)], Signal::pack(epoch, static_cast<uint32_t>(standing)));
+    return standing;
 }
 
 // What a begin word says to who is behind. Of a combine: to others 0, or that there are no sums for
@@ -198,6 +209,24 @@ EP_DEVICE void decided(const uint64_t *words, uint64_t epoch, int *one, int *nex
     }
 }
 
+// Is the peer to get what this launch has for it? Yes if the counter has told it so, whatever has
+// become of it since; who finds it in step earlier than the counter need not ask.
+EP_DEVICE bool may_send(const Round &r, Cargo cargo, uint64_t epoch, int peer) {
+    if (peer == r.rank) return true;
+    const Pace &pace = r.paces[peer];
+    const uint64_t begun = load(&pace.begun[operation_of(cargo)]);
+    if (is_active(r, peer) && is_in_step(r, epoch, begun)) return true;
+    const int standing = decided(&pace.standing[operation_of(cargo)], epoch);
+    return standing == static_cast<int>(Standing::kInStep);
+}
+
+// The same of weights, which a launch before sends. What it holds back, the counter finds.
+EP_DEVICE bool may_send_weights(const Round &r, uint64_t epoch, int peer) {
+    const Standing standing = standing_of(r, Cargo::kWeights, epoch, peer);
+    if (standing == Standing::kBehind) post(&r.paces[peer].unweighted, epoch);
+    return standing == Standing::kInStep;
+}
+
 // Masks a peer, and takes note of why, if nobody else has. The incident's number is left open.
 EP_DEVICE void mask(const Round &r, const Incident &incident) {
     if (swap(&r.active[incident.peer], 0) == 0) return;
@@ -231,10 +260,22 @@ EP_DEVICE bool has_begun(const Round &r, uint64_t epoch, int peer) {
     return Signal::is_of(begun, epoch) || Signal::is_after(begun, epoch);
 }
 
+// Has this rank held back from the peer what it needs to give sums: the tokens of the handle's
+// dispatch, if that is the last there was, or the weights of this combine? The peer has masked it
+// for that.
+EP_DEVICE bool has_held_back(const Round &r, uint64_t epoch, int peer) {
+    const uint64_t standing = look(&r.paces[peer].standing[0]);
+    const bool tokens = Signal::is_of(standing, r.routing.state->dispatch_epoch) &&
+                        Signal::value(standing) == static_cast<int>(Standing::kBehind);
+    return tokens || look(&r.paces[peer].unweighted) == epoch;
+}
+
 // Will what is awaited never come? Its source may have gone on to later rounds, or have told, when
 // it began this one, that it has nothing for this rank: either because this rank was late. Who
 // waited for it would be late with the next round too, and so for ever.
 EP_DEVICE bool waits_in_vain(const Round &r, uint64_t epoch, int source, Awaited awaited) {
+    const bool of_own_tokens = awaited == Awaited::kSums || awaited == Awaited::kBegin;
+    if (of_own_tokens && has_held_back(r, epoch, source)) return true;
     if (awaited == Awaited::kBegin || awaited == Awaited::kFence) return false;
     const bool dispatches = awaited == Awaited::kCounts || awaited == Awaited::kRows;
     const Cargo cargo = dispatches ? Cargo::kMessages : Cargo::kPartials;
@@ -308,6 +349,8 @@ struct Wait {
     // round.
     EP_DEVICE bool until_posted(const uint64_t *word, uint64_t epoch, int source, Awaited awaited,
                                 bool counts, uint64_t *value) const {
+        uint64_t *begun = &round.paces[source].begun[awaited != Awaited::kCounts];
+        const uint64_t known = counts ? load(begun) : 0;
         bool active = true;
         uint32_t attempt = 0;
         for (;; ++attempt) {
@@ -319,11 +362,7 @@ struct Wait {
             if (lapse<Thread>(epoch, source, awaited, attempt) && source == round.rank)
                 return false;
         }
-        if (counts && active)
-            post(
-                last_begun(round, awaited == Awaited::kCounts ? Cargo::kMessages : Cargo::kPartials,
-                           source),
-                epoch);
+        if (counts && active && known < epoch) post(begun, epoch);
         if (counts && attempt > 0)
             fetch_add(&round.peer_counts[source].waited_ns, now_ns() - began_ns);
         return active;

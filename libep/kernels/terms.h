@@ -116,7 +116,7 @@ EP_DEVICE void tell_peers(const Round &r, uint64_t epoch) {
         keep_progress(r, Cargo::kPartials, epoch);
     }
     for (int peer = Block::rank(); peer < r.layout.shape.rank_count; peer += Block::size()) {
-        const Standing standing = standing_of(r, Cargo::kPartials, epoch, peer);
+        const Standing standing = decide_standing(r, Cargo::kPartials, epoch, peer);
         if (peer == r.rank || standing == Standing::kMasked) continue;
         const bool has_tokens = Signal::value(r.routing.token_counts[peer]) != 0;
         post(words_to(r, Cargo::kPartials, epoch, peer),

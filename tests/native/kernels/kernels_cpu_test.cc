@@ -224,6 +224,15 @@ TEST(CpuKernelsOfAnyLevel, OvertakeNobodyWhoIsNamedAnew) {
     }
 }
 
+TEST(CpuKernelsOfAnyLevel, HearWhoCatchesUp) {
+    for (const int threads : {1, 2}) {
+        Rig rig = shaped(2, 4, 8, 4, 128);
+        rig.threads = threads;
+        expect_who_catches_up_is_heard(rig, 1540);
+        expect_held_back_weights_are_told(rig, 1550);
+    }
+}
+
 TEST(CpuKernelsOfAnyLevel, SendAgainToWhoWasMasked) {
     for (const int in_flight : {1, 2}) {
         Rig rig = shaped(3, 6, 4, 4, 128);

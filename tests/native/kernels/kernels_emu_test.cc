@@ -328,6 +328,18 @@ TEST(EmuKernels, OvertakeNobodyWhoIsNamedAnew) {
     if (kLines) expect_nothing_overtakes(by_line(rig), 2, 1510);
 }
 
+TEST(EmuKernels, HearWhoCatchesUp) {
+    if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
+    Rig rig = small_bf16(Weights::kAtDispatch);
+    rig.hidden = 8;
+    rig.tokens_max = kLines ? 3 : 24;
+    for (const Rig &one : kLines ? std::vector<Rig>{rig, by_line(rig)} : std::vector<Rig>{rig}) {
+        expect_who_catches_up_is_heard(one, 1540);
+        expect_held_back_weights_are_told(one, 1550);
+    }
+    if (kLines) expect_blocks_agree_on_tokens(by_line(rig), 1560);
+}
+
 TEST(EmuKernels, SendAgainToWhoWasMasked) {
     if (emu::kWarpSize > 32) GTEST_SKIP() << kWhyNotWide;
     Rig rig = of_three_ranks(small_bf16(Weights::kAtDispatch));

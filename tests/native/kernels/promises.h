@@ -486,10 +486,15 @@ inline std::vector<char> cargo_in_window(Fleet &fleet, int rank) {
     return copy;
 }
 
-// A phase of a round in which the caller names all ranks as active, also one that does not come.
-inline void run_naming_all(Fleet &fleet, Round &round, Phase phase, int behind) {
+// The callers name all ranks as active, whoever was masked.
+inline void name_all(Fleet &fleet) {
     for (int rank = 0; rank < fleet.rig().ranks; ++rank)
         fleet.active(rank).assign(fleet.rig().ranks, 1);
+}
+
+// A phase of a round in which the caller names all ranks as active, also one that does not come.
+inline void run_naming_all(Fleet &fleet, Round &round, Phase phase, int behind) {
+    name_all(fleet);
     fleet.run([&](int rank) { (fleet.*phase)(round.tasks[rank]); }, {behind});
 }
 
@@ -518,6 +523,95 @@ inline void expect_nothing_overtakes(Rig rig, int behind, uint64_t seed) {
     }
 }
 
+// Until a rank has told another that it has begun the round of an epoch; what it says.
+inline int told(Fleet &fleet, uint64_t *word, uint64_t epoch) {
+    uint64_t signal = 0;
+    while (!Signal::is_of(signal = __atomic_load_n(word, __ATOMIC_ACQUIRE), epoch))
+        sched_yield();
+    return Signal::value(signal);
+}
+
+constexpr int kAheadRank = 0, kBehindRank = 1;
+constexpr uint64_t kCatchUpNs = 4 * kMediumNs;  // a timeout that nobody should have to wait for
+constexpr int kHeldBackWord = (1 << Signal::kValueBits) - 1;
+
+// Two ranks with one round in flight, of which one is late for the second dispatch, and has done it
+// when the other is in the third, where it holds its tokens back.
+inline void expect_who_catches_up_is_heard(Rig rig, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed));
+    rig.rounds_in_flight = 1;
+    Fleet fleet(rig);
+    std::vector<Round> rounds;
+    for (int i = 0; i < 3; ++i)
+        rounds.push_back(fleet.round(seed + i, std::vector<int>(rig.ranks, rig.tokens_max)));
+    fleet.run([&](int rank) { fleet.dispatch(rounds[0].tasks[rank]); });
+    fleet.set_timeout_ns(kShortNs);
+    fleet.dispatch(rounds[1].tasks[kAheadRank]);
+    name_all(fleet);
+    fleet.set_timeout_ns(kCatchUpNs);
+    std::thread ahead([&] { fleet.both(rounds[2].tasks[kAheadRank]); });
+    uint64_t *word = fleet.layout().token_count(fleet.window(kBehindRank), 3, kAheadRank);
+    EXPECT_EQ(told(fleet, word, 3), kHeldBackWord);
+    fleet.dispatch(rounds[1].tasks[kBehindRank]);
+    EXPECT_TRUE(fleet.dispatched(rounds[1], kBehindRank));
+    const auto start = std::chrono::steady_clock::now();
+    fleet.both(rounds[2].tasks[kBehindRank]);
+    ahead.join();
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::nanoseconds(kCatchUpNs / 2));
+    EXPECT_TRUE(fleet.dispatched(rounds[2], kAheadRank));
+    EXPECT_EQ(fleet.active(kBehindRank)[kAheadRank], 0);
+    EXPECT_TRUE(fleet.dispatched(fleet.without(rounds[2], kAheadRank), kBehindRank));
+}
+
+// The launch that sends weights finds the peer behind; it has caught up when the next one tells.
+inline void expect_held_back_weights_are_told(Rig rig, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed));
+    rig.rounds_in_flight = 1;
+    rig.weights = Weights::kAtCombine;
+    Fleet fleet(rig);
+    Round round = fleet.round(seed, std::vector<int>(rig.ranks, rig.tokens_max));
+    fleet.run([&](int rank) { fleet.dispatch(round.tasks[rank]); });
+    fleet.set_timeout_ns(kShortNs);
+    fleet.combine(round.tasks[kAheadRank]);
+    name_all(fleet);
+    fleet.send_weights(round.tasks[kAheadRank]);
+    fleet.combine(round.tasks[kBehindRank]);
+    name_all(fleet);
+    fleet.set_timeout_ns(kCatchUpNs);
+    const auto start = std::chrono::steady_clock::now();
+    std::thread ahead([&] { fleet.combine_after_weights(round.tasks[kAheadRank]); });
+    fleet.combine(round.tasks[kBehindRank]);
+    ahead.join();
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::nanoseconds(kCatchUpNs / 2));
+    uint64_t *word = fleet.layout().arrival(fleet.window(kBehindRank), 2, kAheadRank);
+    EXPECT_EQ(told(fleet, word, 2), kHeldBackWord);
+}
+
+// The source goes on to a later round while this rank receives: all its blocks go by what the
+// counter has decided.
+inline void expect_blocks_agree_on_tokens(const Rig &rig, uint64_t seed) {
+    SCOPED_TRACE(describe(rig, seed));
+    for (int run = 0; run < 30; ++run) {
+        Fleet fleet(rig);
+        Round round = fleet.round(seed + run, std::vector<int>(rig.ranks, rig.tokens_max));
+        for (int rank = 0; rank < rig.ranks; ++rank)
+            fleet.dispatch_send(round.tasks[rank]);
+        Task &task = round.tasks[kBehindRank];
+        std::thread goes_on([&] {
+            told(fleet, &task.token_counts[kAheadRank], 1);
+            for (int i = run % 10 * 20; i > 0; --i)
+                sched_yield();
+            const uint64_t later = 1 + rig.layout().shape.slot_count;
+            __atomic_store_n(
+                fleet.layout().token_count(fleet.window(kBehindRank), later, kAheadRank),
+                Signal::pack(later, kHeldBackWord), __ATOMIC_RELEASE);
+        });
+        fleet.dispatch_receive(task);
+        goes_on.join();
+        EXPECT_TRUE(fleet.dispatched(round, kBehindRank));
+    }
+}
+
 // A rank that the others have masked for some rounds, and that has gone on with them, is sent to
 // again as soon as all name it, whoever begins first.
 inline void expect_unmasked_is_in_step(const Rig &rig, int masked, uint64_t seed) {
@@ -531,8 +625,7 @@ inline void expect_unmasked_is_in_step(const Rig &rig, int masked, uint64_t seed
         fleet.run([&](int rank) { fleet.both(round.tasks[rank]); });
     }
     Round round = fleet.round(seed + 100, std::vector<int>(rig.ranks, rig.tokens_max));
-    for (int rank = 0; rank < rig.ranks; ++rank)
-        fleet.active(rank).assign(rig.ranks, 1);
+    name_all(fleet);
     for (const auto &[send, receive] :
          {std::pair<Phase, Phase>{&Fleet::dispatch_send, &Fleet::dispatch_receive},
           std::pair<Phase, Phase>{&Fleet::combine_send, &Fleet::combine_receive}}) {

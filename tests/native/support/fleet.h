@@ -143,7 +143,7 @@ class Fleet {
             member.present.assign(rig.ranks, 1);
             member.peer_counts.resize(rig.ranks);
             member.expert_rows.resize(rig.local_experts());
-            member.begun.resize(2 * rig.ranks);
+            member.paces.resize(rig.ranks);
             if (create_workers(rig.threads, &member.workers) != MEP_OK) std::abort();
             member.tally.resize(size_t(rig.experts) *
                                 tally_row_count(kernels_.chunk_count_max(queue(rank))));
@@ -262,7 +262,8 @@ class Fleet {
         BufferState state{};
         std::vector<int32_t> active, present, tally, box_of;
         std::vector<PeerCounts> peer_counts;
-        std::vector<uint64_t> expert_rows, begun;
+        std::vector<Pace> paces;
+        std::vector<uint64_t> expert_rows;
         bool receives_from_inbox = false;
         std::unique_ptr<Workers> workers;
     };
@@ -437,7 +438,7 @@ inline ep::Round Fleet::kernel_round(Task &task) {
     round.members = member.present.data();
     round.active = member.active.data();
     round.peer_counts = member.peer_counts.data();
-    round.begun = member.begun.data();
+    round.paces = member.paces.data();
     round.expert_rows = member.expert_rows.data();
     round.timeout_ns = rig_.timeout_ns;
     round.token_count = task.tokens.count;
