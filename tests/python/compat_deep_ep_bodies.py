@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 
+import mooncake_ep as ep
 from compat_rank import Case, Place, check_received, on_device, options, wait
 from mooncake_ep.compat.deep_ep import Buffer
 
@@ -66,6 +67,29 @@ def rounds(place: Place, mode: str, payload: str, allow_nvlink: bool) -> None:
     with buffer_of(place, allow_nvlink_for_low_latency_mode=allow_nvlink) as buffer:
         for seed in range(2):
             round_trip(place, buffer, Case(hidden=512, seed=seed), mode, payload)
+
+
+def one_without_nvlink(place: Place, who: int) -> None:
+    """Let one rank refuse the memory of peers."""
+    with buffer_of(place, allow_nvlink_for_low_latency_mode=place.rank != who) as buffer:
+        for payload in ("bf16", "ue8m0"):
+            round_trip(place, buffer, CASE, "hook", payload)
+            group = buffer._exchange.cores[0].buffer.group
+            peers = [peer for peer in range(place.size) if peer != place.rank]
+            assert {group.transport(peer).name for peer in peers} == {"collective"}
+            buffer.update_ep_member()
+
+
+def disagree_on_payload(place: Place, one: str, other: str) -> str:
+    """Let rank 0 begin with another payload; return the error."""
+    x, topk_idx, _ = on_device(place, CASE)
+    options = PAYLOADS[other if place.rank else one]
+    with buffer_of(place) as buffer:
+        with pytest.raises(ep.EpError) as error:
+            buffer.low_latency_dispatch(x, topk_idx, CASE.max_tokens, CASE.experts, **options)
+        distributed.barrier(place.group)
+        round_trip(place, buffer, CASE, "now", one)
+        return str(error.value)
 
 
 def no_scales(place: Place) -> None:
@@ -234,6 +258,17 @@ def wrong(place: Place, changes: dict[str, Any], hidden: int) -> str:
             buffer.low_latency_dispatch(x, topk_idx, case.max_tokens, case.experts, **changes)
         round_trip(place, buffer, CASE, "now", "fp8")
         return f"{type(error.value).__name__}: {error.value}"
+
+
+def invalid_expert(place: Place, value: int) -> str:
+    """Name an expert that is none; afterwards all is as before. Returns the error."""
+    x, topk_idx, _ = on_device(place, CASE)
+    topk_idx[-1, 0] = value
+    with buffer_of(place) as buffer:
+        with pytest.raises(ValueError) as error:
+            buffer.low_latency_dispatch(x, topk_idx, CASE.max_tokens, CASE.experts)
+        round_trip(place, buffer, CASE, "now", "fp8")
+        return str(error.value)
 
 
 def small_things(place: Place) -> None:

@@ -81,6 +81,30 @@ def all_modes(place: Place, mode: str, use_fp8: bool, disable_p2p: bool) -> tupl
         return buffer._use_fallback, buffer.runtime.p2p_enabled()
 
 
+def one_without_p2p(place: Place, who: int) -> list[tuple[bool, bool, bool]]:
+    """Give disable_p2p on one rank; tell what a rank finds, before and after an update."""
+    found = []
+    with buffer_of(place, disable_p2p=place.rank == who) as buffer:
+        for _ in range(2):
+            runtime = buffer.runtime
+            found.append((runtime.p2p_enabled(), runtime.use_fast_path(), buffer._use_fallback))
+            for case in (Case(), Case(topk=6, seed=1), Case(hidden=264)):
+                round_trip(place, buffer, case, "hook")
+            buffer.update_ep_member()
+    return found
+
+
+def new_without_p2p(place: Place, lost: int) -> tuple[bool, bool]:
+    """Take in a rank that is new, and alone gives disable_p2p; tell what a rank finds."""
+    if place.rank == lost:
+        Kept.buffer = buffer_class()(place.group, disable_p2p=True)
+    else:
+        Kept.buffer.update_ep_member()
+    for case in (Case(), Case(topk=6), Case(hidden=264)):
+        round_trip(place, Kept.buffer, case, "hook")
+    return Kept.buffer.runtime.p2p_enabled(), Kept.buffer.runtime.use_fast_path()
+
+
 def switch_fallback(place: Place, disable_p2p: bool) -> list[list[str]]:
     """Switch the fallback on and off; tell how the memory of each round reaches the other ranks."""
     ways: list[list[str]] = []
@@ -344,6 +368,25 @@ def wrong(place: Place, function: str, changes: dict[str, Any]) -> str:
         return f"{type(error.value).__name__}: {error.value}"
 
 
+def invalid_experts(place: Place, value: int) -> str | None:
+    """Name an expert that is none, in place of the -1 of a case; return the error, if it is one."""
+    case = Case(topk=4)
+    x, topk_idx, _ = on_device(place, case)
+    topk_idx[topk_idx == -1] = value
+    with buffer_of(place) as buffer:
+        round_trip(place, buffer, case)
+        if place.device.type == "cpu":
+            with pytest.raises(ValueError) as error:
+                dispatch(place, buffer, case, x=x, topk_idx=topk_idx)
+            round_trip(place, buffer, case)
+            return str(error.value)
+        recv_x, count, handle, _, _ = dispatch(place, buffer, case, x=x, topk_idx=topk_idx)
+        y = check_received(place, case, (recv_x, count, handle))
+        out, _, _ = combine(place, buffer, case, y, handle)
+        assert torch.equal(out.cpu(), case.sums(place.rank))
+        return None
+
+
 def destroyed(place: Place) -> list[str]:
     """Use a Buffer after destroy()."""
     with buffer_of(place) as buffer:
@@ -499,6 +542,21 @@ def disagree(place: Place) -> str:
         distributed.barrier(place.group)
         round_trip(place, buffer, Case(hidden=264))
         round_trip(place, buffer, Case())
+        return str(error.value)
+
+
+def disagree_on_payload(place: Place, has_tcp: bool) -> str:
+    """Let one rank take FP8 in the first dispatch of a shape; return the error."""
+    before = _post._TRIAL_S
+    _post._TRIAL_S = before if has_tcp else -1.0
+    with buffer_of(place) as buffer:
+        _post._TRIAL_S = before
+        assert (buffer._exchange._office is not None) == has_tcp
+        with pytest.raises(ep.EpError) as error:
+            dispatch(place, buffer, Case(), use_fp8=place.rank == 0)
+        distributed.barrier(place.group)
+        for use_fp8 in (True, False):
+            round_trip(place, buffer, Case(), use_fp8=use_fp8)
         return str(error.value)
 
 

@@ -56,6 +56,19 @@ def test_the_same_without_the_memory_of_peers(team: Team, payload: str) -> None:
     team.run(bodies.rounds, "hook", payload, False)
 
 
+def test_one_rank_that_reaches_no_memory_decides_for_all(team: Team) -> None:
+    team.run(bodies.one_without_nvlink, 0)
+
+
+@pytest.mark.parametrize(("one", "other"), [("bf16", "fp8"), ("round_scale", "fp8")])
+def test_ranks_that_begin_with_different_payloads_are_told(
+    team: Team, one: str, other: str
+) -> None:
+    for error in team.run(bodies.disagree_on_payload, one, other):
+        assert error.startswith("ranks have called with different arguments")
+        assert "use_fp8=True" in error
+
+
 def test_switches_of_fp8_mean_nothing_to_bfloat16(team: Team) -> None:
     team.run(bodies.no_scales)
 
@@ -128,6 +141,12 @@ def test_a_wrong_argument_is_named_and_changes_nothing(
 ) -> None:
     for error in team.run(bodies.wrong, changes, hidden, size=2):
         assert error.startswith(message), error
+
+
+@pytest.mark.skipif(compat_rank.DEVICE != "cpu", reason="on GPUs they are left out and counted")
+def test_an_expert_that_is_none_is_an_error_on_the_cpu(team: Team) -> None:
+    message = "topk_idx has expert -2, which is not in [-1, 6)"
+    assert team.run(bodies.invalid_expert, -2) == [message] * team.size
 
 
 def test_normal_mode_is_refused_at_once() -> None:

@@ -61,6 +61,20 @@ def test_the_fallback_may_be_switched_on_and_off(team: Team, disable_p2p: bool) 
         assert (ways[1] == ["collective"]) == disable_p2p
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_one_rank_that_reaches_no_memory_decides_for_all(team: Team, who: int) -> None:
+    assert team.run(bodies.one_without_p2p, who) == [[(False, False, True)] * 2] * team.size
+
+
+def test_a_new_rank_that_reaches_no_memory_decides_for_all(team: Team) -> None:
+    with Team(team.size) as ranks:
+        ranks.run(bodies.keep, False)
+        ranks.run(bodies.lose, 1, "dispatch", "now", True, dying=[1])
+        ranks.replace(1)
+        ranks.meet()
+        assert ranks.run(bodies.new_without_p2p, 1) == [(False, False)] * team.size
+
+
 def test_calls_by_position_are_those_of_clients(team: Team) -> None:
     team.run(bodies.positional)
 
@@ -309,6 +323,15 @@ def test_a_wrong_argument_is_named_and_changes_nothing(
         assert error.startswith(message), error
 
 
+@pytest.mark.parametrize("value", [6, -2, 1 << 40])
+def test_an_expert_that_is_none_is_an_error_on_the_cpu_and_left_out_on_gpus(
+    team: Team, value: int
+) -> None:
+    on_cpu = compat_rank.DEVICE == "cpu"
+    message = f"topk_idx has expert {value}, which is not in [-1, 6)" if on_cpu else None
+    assert team.run(bodies.invalid_experts, value) == [message] * team.size
+
+
 def test_a_buffer_is_made_of_sensible_arguments_only() -> None:
     with pytest.raises(ValueError, match="num_ep_buffer_bytes -1 is less than 0"):
         Buffer(None, -1)
@@ -451,6 +474,14 @@ def test_a_masked_rank_is_not_waited_for_when_memory_is_made(team: Team) -> None
 def test_ranks_that_make_different_shapes_are_told(team: Team) -> None:
     for error in team.run(bodies.disagree):
         assert error.startswith("ranks have called with different arguments")
+
+
+@pytest.mark.parametrize("has_tcp", [True, False])
+def test_ranks_that_begin_with_different_payloads_are_told(team: Team, has_tcp: bool) -> None:
+    for error in team.run(bodies.disagree_on_payload, has_tcp):
+        assert error.startswith("ranks have called with different arguments")
+        assert "use_fp8=False" in error
+        assert "use_fp8=True" in error
 
 
 def test_strangers_that_call_a_rank_are_ignored(team: Team) -> None:

@@ -59,12 +59,21 @@ def tokens(x: Any, max_tokens: int, quantized: bool) -> tuple[int, int]:
     return rows, hidden
 
 
-def choices(topk_idx: Any, rows: int, device: torch.device) -> int:
-    """Check topk_idx: int64 or int32 [T, K], K from 1 to 32. Returns K."""
+def choices(topk_idx: Any, rows: int, device: torch.device, expert_count: int) -> int:
+    """Check topk_idx: int64 or int32 [T, K], K from 1 to 32. Returns K.
+
+    Its values are looked at where that stops no GPU: on the CPU they are -1 or an expert.
+    """
     tensor("topk_idx", topk_idx, INTEGERS, (rows, None), device)
     topk: int = topk_idx.shape[1]
     if not 1 <= topk <= _TOPK_MAX:
         raise ValueError(f"topk_idx: top-k {topk} is not in [1, {_TOPK_MAX}]")
+    if rows and device.type == "cpu":
+        for value in map(int, torch.aminmax(topk_idx)):
+            if not -1 <= value < expert_count:
+                raise ValueError(
+                    f"topk_idx has expert {value}, which is not in [-1, {expert_count})"
+                )
     return topk
 
 

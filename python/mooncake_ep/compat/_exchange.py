@@ -26,6 +26,12 @@ _log = logging.getLogger("mooncake_ep.compat")
 
 _HANDLE_LENGTH = 5
 _FIRST = "all"  # the name of the home that the constructor makes
+# What clients have said, by what the core is told.
+_PAYLOADS = {
+    None: "use_fp8=False",
+    "fp8": "use_fp8=True",
+    "fp8_pow2": "use_fp8=True and round_scale=True",
+}
 
 
 class _Way:
@@ -61,9 +67,13 @@ class Exchange:
     """One rank's groups and core buffers."""
 
     def __init__(self, meet: Callable[[], Meeting], disable_p2p: bool) -> None:
-        """Come together. Collective. ``meet`` finds the meeting point, now and at each update."""
+        """Come together. Collective.
+
+        ``meet`` finds the meeting point, now and at each update; ``disable_p2p``: reach no peer's
+        memory. One rank's is enough, and from then on it holds for all.
+        """
         self._meet = meet
-        self._disable_p2p = disable_p2p
+        self.disable_p2p = disable_p2p
         self._closed = False
         self._office: PostOffice | None = None
         self._calls: Counter[str] = Counter()  # that have agreed to make something, since an update
@@ -93,27 +103,33 @@ class Exchange:
         self._way.gather_now = meeting.gather
         self._open_office(meeting)
         formed = self.homes[0].group.rank_count if self.homes else 0
-        told = meeting.tell(
-            {"formed": formed, "homes": [self._describe(one) for one in self.homes]}
-        )
+        homes = [self._describe(one) for one in self.homes]
+        told = meeting.tell({"formed": formed, "homes": homes, "disable_p2p": self.disable_p2p})
+        self.disable_p2p = any(one["disable_p2p"] for one in told)
         known = [one["homes"] for one in told if one["formed"]]
         if not known or any(one["formed"] not in (0, meeting.size) for one in told):
             self._leave_homes()
-            self.homes.append(self._new_home(_FIRST, self._disable_p2p, None))
+            self.homes.append(self._new_home(_FIRST, self.disable_p2p, None))
             return
         self._restore(_merged(known))
 
     def core(
-        self, device: torch.device, wanted: tuple[int, int, int, int], terms: Terms, is_far: bool
+        self,
+        device: torch.device,
+        wanted: tuple[int, int, int, int],
+        quant: str | None,
+        terms: Terms,
+        is_far: bool,
     ) -> Core:
         """Find the core buffer for a round, or make it: then the call is collective.
 
-        ``wanted``: tokens, hidden, experts, top-k; ``is_far``: reach no peer's memory.
+        ``wanted``: tokens, hidden, experts, top-k; ``quant``: the round's payload, which any core
+        buffer carries, but ranks find out here if they differ; ``is_far``: reach no peer's memory.
         """
         self._check_open()
         if device != self.device:
             self._move(device)
-        is_far = is_far or self._disable_p2p
+        is_far = is_far or self.disable_p2p
         for core in self.cores:
             if core.is_far == is_far and core.shape.serves(*wanted):
                 return core
@@ -125,10 +141,12 @@ class Exchange:
                 "once before"
             )
         shape = Shape(max_tokens, hidden, experts, topk_capacity(max_tokens, topk))
+        far = ", without the memory of peers" if is_far else ""
+        what = f"{shape}, {_PAYLOADS[quant]}{far}"
         if self._office is None:
-            self._make_with_all(shape, is_far)
+            self._make_with_all(shape, is_far, what)
         else:
-            self._make_with_the_living(self._office, shape, is_far, terms)
+            self._make_with_the_living(self._office, shape, is_far, what, terms)
         return self.cores[-1]
 
     def route(self, handle: Any) -> Route:
@@ -174,7 +192,9 @@ class Exchange:
     def by_engine(self) -> bool:
         """Tell whether rows to some rank do not go through its memory."""
         group = self.open_group()
-        return any(group.transport(peer).name == "collective" for peer in range(group.rank_count))
+        return self.disable_p2p or any(
+            group.transport(peer).name == "collective" for peer in range(group.rank_count)
+        )
 
     def open_group(self) -> Group:
         """Return the group that the constructor made; EpError after close()."""
@@ -240,9 +260,15 @@ class Exchange:
             cores_now += cores
         self.homes, self.cores = homes_now, cores_now
 
-    def _make_with_all(self, shape: Shape, is_far: bool) -> None:
+    def _make_with_all(self, shape: Shape, is_far: bool, what: str) -> None:
         """Make a core buffer over the meeting point, which waits for all ranks in its own way."""
         try:
+            told = self._meeting.tell(what) if self.size > 1 else [what]
+            if any(one != what for one in told):
+                raise EpError(
+                    "ranks have called with different arguments: memory is to be made for "
+                    + "; ".join(f"{one} by rank {rank}" for rank, one in enumerate(told))
+                )
             self._make(shape, is_far, set(range(self.size)), "")
         except EpError:
             raise
@@ -250,14 +276,13 @@ class Exchange:
             raise EpError(f"ranks were lost while a Buffer made memory: {error}") from error
 
     def _make_with_the_living(
-        self, office: PostOffice, shape: Shape, is_far: bool, terms: Terms
+        self, office: PostOffice, shape: Shape, is_far: bool, what: str, terms: Terms
     ) -> None:
         """Make a core buffer with those ranks that come within the time of a call."""
         timeout_s = terms.timeout_s
         if timeout_s is None:
             timeout_s = self.open_group().timeout_s
         wanted = self._active(terms)
-        what = f"{shape}{', far' if is_far else ''}"
         call = self._calls[what]
         for attempt in range(self.size):
             name = f"{what}, call {call}, attempt {attempt}"

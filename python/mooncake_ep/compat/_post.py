@@ -147,7 +147,10 @@ class PostOffice:
                 continue
             again = min(again, since + _GRACE_S)
             if now >= again:
-                del self._asked[peer], self._inbox[other, peer]
+                # It fails on all of them; what they ask next may be anything.
+                for asker, (asked, _) in self._asked.items():
+                    self._inbox.pop((asked, asker), None)
+                self._asked.clear()
                 mine, theirs = (one.removesuffix(_FIRST_STEP) for one in (key, other))
                 raise EpError(
                     "ranks have called with different arguments: memory is to be made by rank "

@@ -78,7 +78,7 @@ class Buffer(NormalMode):
             low_latency_mode: has to be True: there is no normal mode.
             num_qps_per_rank: has no meaning here.
             allow_nvlink_for_low_latency_mode: False: reach no peer's memory; rows go by NCCL, MCCL
-                or TCP.
+                or TCP. If any rank gives False, it holds for all.
             allow_mnnvl: has no meaning here.
             use_fabric: has no meaning here.
             explicitly_destroy: destroy() may be called in any case.
@@ -177,7 +177,8 @@ class Buffer(NormalMode):
         Args:
             x: bfloat16 [T, H], T from 0 to M; H a multiple of 8, with use_fp8 of 128, with
                 use_ue8m0 of 512. Unchanged until the dispatch is done.
-            topk_idx: int64 (or int32) [T, K], K from 1 to 32; -1 is no expert.
+            topk_idx: int64 (or int32) [T, K], K from 1 to 32; -1 is no expert. Another value that
+                is none is an error on the CPU; on a GPU it counts as -1.
             num_max_dispatch_tokens_per_rank: M.
             num_experts: E, a multiple of R.
             cumulative_local_expert_recv_stats: int32 [L], to which the rows received by each local
@@ -204,7 +205,8 @@ class Buffer(NormalMode):
 
         Raises:
             TypeError, ValueError: an argument breaks a rule; names it. Nothing was sent.
-            EpError: a round before the last one has not been received, or destroy() was called.
+            EpError: a round before the last one has not been received, or destroy() was called;
+                when memory is made, also: ranks have called with different M, H, E, K or types.
             RuntimeError: in a graph capture, and such a round was never dispatched before.
         """
         tokens = check.integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
@@ -217,16 +219,16 @@ class Buffer(NormalMode):
         if use_ue8m0 and hidden % _CHANNELS_OF_PACK:
             rule = f"is not a multiple of {_CHANNELS_OF_PACK} with use_ue8m0"
             raise ValueError(f"x: hidden {hidden} {rule}")
-        topk = check.choices(topk_idx, rows, x.device)
+        topk = check.choices(topk_idx, rows, x.device, experts)
         stats = cumulative_local_expert_recv_stats
         local = (experts // self.group_size,)
         _check_stats("cumulative_local_expert_recv_stats", stats, torch.int32, local, x)
         cost = dispatch_wait_recv_cost_stats
         _check_stats("dispatch_wait_recv_cost_stats", cost, torch.int64, (self.group_size,), x)
         wanted = (tokens, hidden, experts, topk)
-        core = self._exchange.core(x.device, wanted, self._terms(mode), False)
-        packed = _Packed(core) if use_ue8m0 else None
         quant = None if not use_fp8 else "fp8_pow2" if round_scale else "fp8"
+        core = self._exchange.core(x.device, wanted, quant, self._terms(mode), False)
+        packed = _Packed(core) if use_ue8m0 else None
         given, event, hook = core.dispatch(
             x, topk_idx, quant, self._terms(mode), self._then(core, stats, cost, packed)
         )

@@ -31,18 +31,17 @@ _USUAL_TOPK = 8
 class Runtime:
     """How a Buffer's rows travel; what clients ask of ``buffer.runtime``."""
 
-    def __init__(self, exchange: Exchange, p2p: bool) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         """Tell of an exchange."""
         self._exchange = exchange
-        self._p2p = p2p
 
     def ibgda_disabled(self) -> bool:
         """Tell whether rows do not go by GPU-initiated RDMA."""
         return not rdma_info().available
 
     def p2p_enabled(self) -> bool:
-        """Tell whether the memory of peers may be used: that disable_p2p was not given."""
-        return self._p2p
+        """Tell whether the memory of peers may be used: that no rank has given disable_p2p."""
+        return not self._exchange.disable_p2p
 
     def use_fast_path(self) -> bool:
         """Tell whether no rows go by the fallback: all ranks reach each other's memory."""
@@ -79,7 +78,8 @@ class Buffer:
                 current GPU, or, where this library or torch has none, on the CPU; otherwise the
                 first dispatch says where.
             num_ep_buffer_bytes: a hint that is not needed; memory follows the shapes.
-            disable_p2p: reach no peer's memory; rows go by NCCL, MCCL or TCP.
+            disable_p2p: reach no peer's memory; rows go by NCCL, MCCL or TCP. If any rank gives it,
+                it holds for all.
 
         Raises:
             TypeError, ValueError: an argument is wrong, or this process is not in the group.
@@ -92,7 +92,7 @@ class Buffer:
         self._exchange = Exchange(lambda: Meeting(group), disable_p2p)
         self.group = distributed.group.WORLD if group is None else group
         self.backend = self.group
-        self.runtime = Runtime(self._exchange, not disable_p2p)
+        self.runtime = Runtime(self._exchange)
         self._fallback: bool | None = None  # as a client has set it
 
     @property
@@ -178,7 +178,8 @@ class Buffer:
         Args:
             x: bfloat16 [T, H], T from 0 to M; H a multiple of 8, with use_fp8 of 128. Unchanged
                 until the dispatch is done.
-            topk_idx: int64 (or int32) [T, K], K from 1 to 32; -1 is no expert.
+            topk_idx: int64 (or int32) [T, K], K from 1 to 32; -1 is no expert. Another value that
+                is none is an error on the CPU; on a GPU it counts as -1.
             active_ranks: int32 [R or more], on the device of x. 1: take part; a rank that is not
                 there in time becomes 0. None: a mask that the Buffer keeps. Who is not there when
                 memory is made stays masked in rounds of that shape until update_ep_member().
@@ -204,8 +205,8 @@ class Buffer:
         Raises:
             TypeError, ValueError: an argument breaks a rule; names it. Nothing was sent.
             EpError: a round before the last one has not been received, or destroy() was called;
-                when memory is made, also: ranks have called with different M, H, E or K, or one was
-                lost and they do not reach each other by TCP.
+                when memory is made, also: ranks have called with different M, H, E, K or use_fp8,
+                or one was lost and they do not reach each other by TCP.
             RuntimeError: in a graph capture, and such a round was never dispatched before.
         """
         tokens = check.integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
@@ -218,12 +219,13 @@ class Buffer:
             quantized = on_gpu and gpu_backend() == "cuda"
         rows, hidden = check.tokens(x, tokens, bool(quantized))
         device = x.device
-        topk = check.choices(topk_idx, rows, device)
+        topk = check.choices(topk_idx, rows, device, experts)
         check.active_ranks(active_ranks, rank_count, device)
         terms = Terms(active_ranks, check.timeout_s(timeout_us), mode)
         wanted = (tokens, hidden, experts, topk)
-        core = self._exchange.core(device, wanted, terms, self._fallback is True)
-        given, event, hook = core.dispatch(x, topk_idx, "fp8" if quantized else None, terms)
+        quant = "fp8" if quantized else None
+        core = self._exchange.core(device, wanted, quant, terms, self._fallback is True)
+        given, event, hook = core.dispatch(x, topk_idx, quant, terms)
         handle = (given.src_info, given.layout_range, tokens, hidden, experts)
         recv_x = given.x if given.scales is None else (given.x, given.scales)
         return recv_x, given.count, handle, event, hook
