@@ -9,9 +9,11 @@
 
 namespace ep {
 
-// Runs `command` by the shell and takes what it prints, a MiB at most; "" if it cannot be run or
-// ends with another status than 0. MEP_TIMEOUT if it has not ended at the deadline: it is killed
-// then, and what it has started with it.
+// Runs `command`, words with a blank in between, of which the first is a program on the path, and
+// takes what it prints, a MiB at most; "" if there is no such program that may be run. A program
+// that ends badly, or that prints nothing, is MEP_SYSTEM_ERROR with its status and the first line
+// of what it said. MEP_TIMEOUT if it has not ended at the deadline: it is killed then, and what it
+// has started with it.
 mep_status_t command_output(const char *command, const Deadline &deadline, std::string *output);
 
 }  // namespace ep

@@ -15,8 +15,8 @@
 //                            each such island were another machine; default: no islands
 //   MOONCAKE_EP_NCCL_LIBRARY  NCCL's file, or MCCL's on MACA; none: do without; default
 //                            libnccl.so.2 (libmccl.so), as the process has it or finds it
-//   MOONCAKE_EP_MACA_P2P_PAIRS  pairs of MetaX GPUs that may reach each other, like 0-1,2-3;
-//                            default: the near ones
+//   MOONCAKE_EP_MACA_P2P_PAIRS  pairs of MetaX GPUs that may reach each other besides the near
+//                            ones, like 0-3,1-2
 //   MOONCAKE_EP_MACA_ALLOW_NODE_P2P  1: all of the host; default 0
 //   MOONCAKE_EP_LOG          error, warning, info or debug; default warning
 #pragma once

@@ -5,6 +5,7 @@
 #include "base/host_turn.h"
 #include "base/late_frees.h"
 #include "runtime.h"
+#include "transport/gate.h"
 
 #include <chrono>
 #include <cstdlib>
@@ -13,6 +14,7 @@
 #include <fstream>
 #include <future>
 #include <gtest/gtest.h>
+#include <mcr/mc_runtime.h>
 #include <memory>
 #include <string>
 #include <thread>
@@ -194,6 +196,43 @@ TEST_F(MacaHost, LeavesAMappingToTheEndIfNoTurnComes) {
     EXPECT_EQ(runtime().closed, 0);
 }
 
+// Four MetaX GPUs, of which 0-1 and 2-3 are near.
+ep::Topology four_gpus() {
+    ep::Topology topology;
+    for (int bus = 0; bus < 4; ++bus)
+        topology.gpus.push_back({ep::Vendor::kMetax, "",
+                                 "pci0000:00/0000:0" + std::to_string(bus) + ":00.0",
+                                 ep::kNumaNodeUnknown});
+    return topology;
+}
+
+// The process's only GPU, as the gate counts it.
+int number_of_first_device(const ep::Topology &topology) {
+    std::shared_ptr<ep::Device> device;
+    EXPECT_EQ(ep::kMacaBackend.create_device(0, &device), MEP_OK) << mep_last_error();
+    return device == nullptr ? -1 : ep::physical_number(topology, device->pci_address());
+}
+
+TEST_F(MacaHost, KnowsItsGpuByTheNumberOfTheHostWhateverIsVisible) {
+    const ep::Topology topology = four_gpus();
+    ep::P2pGate gate;
+    ASSERT_EQ(ep::P2pGate::of("", false, topology, ep::NearPairs::kNeighbours, &gate), MEP_OK);
+    runtime().device_count = 4;
+    EXPECT_EQ(number_of_first_device(topology), 0);
+    for (const char *variable : {"CUDA_VISIBLE_DEVICES", "MACA_VISIBLE_DEVICES"})
+        for (const std::string &list : {std::string("2"), mc_shim::uuid_of(2)}) {
+            setenv(variable, list.c_str(), 1);
+            int count = 0;
+            EXPECT_EQ(mcGetDeviceCount(&count), mcSuccess);
+            EXPECT_EQ(count, 1) << variable << "=" << list;
+            const int number = number_of_first_device(topology);
+            unsetenv(variable);
+            EXPECT_EQ(number, 2) << variable << "=" << list;
+            EXPECT_TRUE(gate.allows(number, 3));
+            EXPECT_FALSE(gate.allows(number, 1));
+        }
+}
+
 // Ranks that say what rank 0 says, but for who they are, until one is lost.
 struct Echo {
     int rank_count = 1;
@@ -368,8 +407,10 @@ TEST_F(MacaHostGroup, NamesWhatMxSmiSaysThatMakesNoSenseOnAllRanks) {
     std::filesystem::permissions(tool, std::filesystem::perms::owner_all);
     setenv("PATH", (folder + ":" + path).c_str(), 1);
     expect_refusal(MEP_INVALID_ARGUMENT, "mx-smi: ");
+    std::ofstream(tool) << "#!/bin/sh\necho no driver >&2; exit 9\n";
+    expect_refusal(MEP_SYSTEM_ERROR, "with status 9 and printed \"no driver\"");
     std::ofstream(tool) << "#!/bin/sh\nsleep 100\n";
-    expect_refusal(MEP_TIMEOUT, "mx-smi topo -m 2>/dev/null did not end");
+    expect_refusal(MEP_TIMEOUT, "mx-smi topo -m did not end");
     setenv("PATH", path.c_str(), 1);
     std::filesystem::remove_all(folder);
 }

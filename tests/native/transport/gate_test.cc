@@ -11,17 +11,36 @@
 namespace ep::test {
 namespace {
 
-Topology machine(const std::string &name, bool with_tool) {
+// As machine_gate() knows it; where the tool is, that prints `tool`, if it is not empty.
+struct Machine {
     Topology topology;
-    const Tree tree(read_data("topology/" + name + ".tree"));
-    EXPECT_EQ(read_sysfs(tree.root(), &topology), MEP_OK) << last_error();
+    NearPairs near = NearPairs::kNeighbours;
+};
+
+std::string smi_of(const std::string &name) {
+    return read_data("topology/" + name + ".smi.txt");
+}
+
+Machine machine(const std::string &tree_text, const std::string &tool) {
+    Machine made;
+    const Tree tree(tree_text);
+    EXPECT_EQ(read_sysfs(tree.root(), &made.topology), MEP_OK) << last_error();
     SmiMatrix matrix;
-    if (with_tool) {
-        EXPECT_EQ(parse_mx_smi(read_data("topology/" + name + ".smi.txt"), &matrix), MEP_OK)
-            << last_error();
-        EXPECT_EQ(apply_smi(matrix, &topology), MEP_OK) << last_error();
-    }
-    return topology;
+    if (tool.empty()) return made;
+    EXPECT_EQ(parse_mx_smi(tool, &matrix), MEP_OK) << last_error();
+    EXPECT_EQ(apply_smi(matrix, &made.topology), MEP_OK) << last_error();
+    made.near = NearPairs::kOfTopology;
+    return made;
+}
+
+Machine recorded(const std::string &name, bool with_tool) {
+    return machine(read_data("topology/" + name + ".tree"), with_tool ? smi_of(name) : "");
+}
+
+std::string replaced(std::string text, const std::string &part, const std::string &by) {
+    for (size_t at = 0; (at = text.find(part, at)) != text.npos; at += by.size())
+        text.replace(at, part.size(), by);
+    return text;
 }
 
 // The pairs that a gate lets through, "0-1 2-3".
@@ -37,10 +56,11 @@ std::string pairs_of(const P2pGate &gate, int gpus) {
     return pairs;
 }
 
-std::string allowed(std::string_view pairs, bool all, const Topology &topology) {
+std::string allowed(std::string_view pairs, bool all, const Machine &machine) {
     P2pGate gate;
-    EXPECT_EQ(P2pGate::of(pairs, all, topology, &gate), MEP_OK) << last_error();
-    return pairs_of(gate, static_cast<int>(topology.gpus.size()));
+    EXPECT_EQ(P2pGate::of(pairs, all, machine.topology, machine.near, &gate), MEP_OK)
+        << last_error();
+    return pairs_of(gate, static_cast<int>(machine.topology.gpus.size()));
 }
 
 // What the gate of the machine in `tree` lets through, or why there is none.
@@ -78,24 +98,37 @@ class Tool {
 };
 
 TEST(Gate, LetsThroughWhatMetaxlinkJoins) {
-    EXPECT_EQ(allowed("", false, machine("metax_pairs", true)), "0-1 2-3");
-    EXPECT_EQ(allowed("", false, machine("metax_quads", true)),
+    EXPECT_EQ(allowed("", false, recorded("metax_pairs", true)), "0-1 2-3");
+    EXPECT_EQ(allowed("", false, recorded("metax_quads", true)),
               "0-1 0-2 0-3 1-2 1-3 2-3 4-5 4-6 4-7 5-6 5-7 6-7");
 }
 
 TEST(Gate, LetsThroughNeighboursWhereNobodyKnowsOfMetaxlink) {
-    EXPECT_EQ(allowed("", false, machine("metax_pairs", false)), "0-1 2-3");
-    EXPECT_EQ(allowed("", false, machine("metax_quads", false)), "0-1 2-3 4-5 6-7");
+    EXPECT_EQ(allowed("", false, recorded("metax_pairs", false)), "0-1 2-3");
+    EXPECT_EQ(allowed("", false, recorded("metax_quads", false)), "0-1 2-3 4-5 6-7");
     EXPECT_EQ(allowed("", false, {}), "");
 }
 
+TEST(Gate, LetsNothingThroughWhereTheToolSaysThatNoneAreNear) {
+    const std::string tree = read_data("topology/metax_pairs.tree");
+    const std::string far = replaced(smi_of("metax_pairs"), " MX ", " NODE ");
+    EXPECT_EQ(allowed("", false, machine(tree, far)), "");
+    const Tool tool(Tool::print("metax_pairs.smi.txt") + " | sed '/^GPU/s/MX/NODE/g'");
+    EXPECT_EQ(gate_of(Tree(tree)).pairs, "");
+}
+
 TEST(Gate, IsWidenedByTheEnvironment) {
-    const Topology topology = machine("metax_pairs", true);
-    EXPECT_EQ(allowed("1-2,0-3", false, topology), "0-3 1-2");
-    EXPECT_EQ(allowed("", true, topology), "0-1 0-2 0-3 1-2 1-3 2-3");
+    const Machine four = recorded("metax_pairs", true);
+    EXPECT_EQ(allowed("1-2,0-3", false, four), "0-1 0-3 1-2 2-3");
+    EXPECT_EQ(allowed("0-1", false, four), "0-1 2-3");
+    EXPECT_EQ(allowed("", true, four), "0-1 0-2 0-3 1-2 1-3 2-3");
     const Tree tree(read_data("topology/metax_pairs.tree"));
     setenv("MOONCAKE_EP_MACA_P2P_PAIRS", "3-0", 1);
-    EXPECT_EQ(gate_of(tree).pairs, "0-3");
+    EXPECT_EQ(gate_of(tree).pairs, "0-1 0-3 2-3");
+    {
+        const Tool tool(Tool::print("metax_pairs.smi.txt") + " | sed '/^GPU/s/MX/NODE/g'");
+        EXPECT_EQ(gate_of(tree).pairs, "0-3");
+    }
     setenv("MOONCAKE_EP_MACA_ALLOW_NODE_P2P", "yes", 1);
     EXPECT_NE(gate_of(tree).problem.find("MOONCAKE_EP_MACA_ALLOW_NODE_P2P"), std::string::npos);
     unsetenv("MOONCAKE_EP_MACA_ALLOW_NODE_P2P");
@@ -103,32 +136,52 @@ TEST(Gate, IsWidenedByTheEnvironment) {
 }
 
 TEST(Gate, NamesATypoInThePairs) {
-    const Topology topology = machine("metax_pairs", true);
+    const Machine four = recorded("metax_pairs", true);
     P2pGate gate;
     for (const char *pairs : {"0-4", "0_1", "0-1,", "1-1"}) {
-        EXPECT_EQ(P2pGate::of(pairs, false, topology, &gate), MEP_INVALID_ARGUMENT) << pairs;
+        EXPECT_EQ(P2pGate::of(pairs, false, four.topology, four.near, &gate), MEP_INVALID_ARGUMENT)
+            << pairs;
         EXPECT_NE(std::string(last_error()).find("MOONCAKE_EP_MACA_P2P_PAIRS: "), std::string::npos)
             << last_error();
     }
 }
 
 TEST(Gate, KeepsOutAGpuOfUnknownNumber) {
+    const Machine four = recorded("metax_pairs", true);
     P2pGate gate;
-    ASSERT_EQ(P2pGate::of("", false, machine("metax_pairs", true), &gate), MEP_OK);
+    ASSERT_EQ(P2pGate::of("", false, four.topology, four.near, &gate), MEP_OK);
     EXPECT_FALSE(gate.allows(-1, 0));
     EXPECT_FALSE(gate.allows(-1, -1));
     EXPECT_TRUE(gate.allows(2, 2));
-    ASSERT_EQ(P2pGate::of("", true, machine("metax_pairs", true), &gate), MEP_OK);
+    ASSERT_EQ(P2pGate::of("", true, four.topology, four.near, &gate), MEP_OK);
     EXPECT_TRUE(gate.allows(-1, 0));
 }
 
 TEST(Gate, NumbersGpusByTheirPciAddress) {
-    const Topology topology = machine("metax_pairs", false);
+    const Topology topology = recorded("metax_pairs", false).topology;
     for (size_t gpu = 0; gpu < topology.gpus.size(); ++gpu) {
         const std::string &path = topology.gpus[gpu].pci_path;
         EXPECT_EQ(physical_number(topology, path.substr(path.rfind('/') + 1)), int(gpu));
     }
     EXPECT_EQ(physical_number(topology, "0000:ff:1f.7"), -1);
+}
+
+// The first becomes one of NVIDIA's.
+TEST(Gate, NumbersGpusOfMetaxOnly) {
+    constexpr const char *kFirst =
+        "sys/devices/pci0000:0e/0000:0e:01.0/0000:0f:00.0/0000:10:00.0/0000:11:00.0";
+    const std::string tree = read_data("topology/metax_pairs.tree") + kFirst +
+                             "/vendor = 0x10de\n" + kFirst + "/class = 0x030200\n";
+    const std::string tool = "GPU0 GPU1 GPU2\nGPU0 X NODE NODE\nGPU1 NODE X MX\nGPU2 NODE MX X\n";
+    const Machine guessed = machine(tree, ""), told = machine(tree, tool);
+    ASSERT_EQ(guessed.topology.gpus[0].vendor, Vendor::kNvidia);
+    EXPECT_EQ(physical_number(guessed.topology, "0000:11:00.0"), -1);
+    EXPECT_EQ(physical_number(guessed.topology, "0000:12:00.0"), 0);
+    EXPECT_EQ(physical_number(guessed.topology, "0000:52:00.0"), 2);
+    EXPECT_EQ(allowed("", false, guessed), "0-1");
+    EXPECT_EQ(allowed("", false, told), "1-2");
+    P2pGate gate;
+    EXPECT_EQ(P2pGate::of("2-3", false, told.topology, told.near, &gate), MEP_INVALID_ARGUMENT);
 }
 
 TEST(Gate, AsksTheToolWhereItIs) {
@@ -154,6 +207,46 @@ TEST(Gate, RefusesAMalformedMatrixUnlessItIsNotNeeded) {
     setenv("MOONCAKE_EP_MACA_P2P_PAIRS", "1-2", 1);
     EXPECT_EQ(gate_of(pairs).pairs, "1-2");
     unsetenv("MOONCAKE_EP_MACA_P2P_PAIRS");
+}
+
+TEST(Gate, NamesHowAToolHasFailedUnlessItIsNotNeeded) {
+    const Tree pairs(read_data("topology/metax_pairs.tree"));
+    const struct {
+        std::string script, named;
+    } cases[] = {
+        {"echo 'no driver' >&2; exit 9", "with status 9 and printed \"no driver\""},
+        {Tool::print("metax_pairs.smi.txt") + "; exit 1", "with status 1 and printed \"====="},
+        {"exit 127", "with status 127 and printed nothing"},  // as without a library that it needs
+        {"printf '\\n\\001bad\\nmore\\n'; kill -9 $$", "by signal 9 and printed \"?bad\""},
+        {"exit 0", "with status 0 and printed nothing"},
+        {"printf '%0999d' 7; exit 2", "00...\""},
+    };
+    for (const auto &[script, named] : cases) {
+        const Tool tool(script);
+        const Found found = gate_of(pairs);
+        EXPECT_EQ(found.status, MEP_SYSTEM_ERROR) << script;
+        for (const std::string &part : {std::string("mx-smi topo -m ended "), named,
+                                        std::string("MOONCAKE_EP_MACA_P2P_PAIRS does without")})
+            EXPECT_NE(found.problem.find(part), std::string::npos) << found.problem;
+        EXPECT_LT(found.problem.size(), 500U);
+        setenv("MOONCAKE_EP_MACA_P2P_PAIRS", "1-2", 1);
+        EXPECT_EQ(gate_of(pairs).pairs, "1-2");
+        unsetenv("MOONCAKE_EP_MACA_P2P_PAIRS");
+    }
+}
+
+// Folders of the path that are not there, or hold a file of the name that is no program.
+TEST(Gate, GuessesWhereTheToolIsNotThere) {
+    const Tree folder("mx-smi = not a program\n");
+    const std::string path = getenv("PATH");
+    setenv("PATH", ("/nowhere:" + folder.root() + ":" + path).c_str(), 1);
+    EXPECT_EQ(gate_of(Tree(read_data("topology/metax_pairs.tree"))).pairs, "0-1 2-3");
+    setenv("PATH", path.c_str(), 1);
+}
+
+TEST(Gate, DoesNotWaitForAToolThatNeverStopsPrinting) {
+    const Tool tool("yes");
+    EXPECT_EQ(gate_of(Tree(read_data("topology/metax_pairs.tree")), 200'000).status, MEP_TIMEOUT);
 }
 
 TEST(Gate, DoesNotWaitForAToolThatHangs) {

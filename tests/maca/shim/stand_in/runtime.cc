@@ -7,13 +7,21 @@
 #include <cstring>
 #include <map>
 #include <mcr/mc_runtime.h>
+#include <sstream>
+#include <string>
 #include <thread>
+#include <vector>
 
 namespace mc_shim {
 
 Runtime &runtime() {
     static Runtime instance;
     return instance;
+}
+std::string uuid_of(int gpu) {
+    char uuid[64];
+    std::snprintf(uuid, sizeof uuid, "GPU-%08x-0000-0000-0000-000000000000", gpu);
+    return uuid;
 }
 std::atomic<int> &allocation_count() {
     static std::atomic<int> count{0};
@@ -37,6 +45,26 @@ struct Configuration {
     mcStream_t stream;
 };
 Configuration configuration;
+
+// The GPUs of the host that the process sees, in the order of the list, which ends at the first
+// that is none, as CUDA's does. Nobody has written which variable wins if both are set.
+std::vector<int> visible() {
+    const int count = runtime().device_count;
+    const char *list = std::getenv("MACA_VISIBLE_DEVICES");
+    if (list == nullptr) list = std::getenv("CUDA_VISIBLE_DEVICES");
+    std::vector<int> gpus;
+    for (int gpu = 0; list == nullptr && gpu < count; ++gpu)
+        gpus.push_back(gpu);
+    std::istringstream names(list == nullptr ? "" : list);
+    for (std::string name; std::getline(names, name, ',');) {
+        int gpu = 0;
+        while (gpu < count && name != std::to_string(gpu) && name != uuid_of(gpu))
+            ++gpu;
+        if (gpu == count) break;
+        gpus.push_back(gpu);
+    }
+    return gpus;
+}
 
 bool is(const std::string &kernel, const char *name) {
     return kernel.find(name) != std::string::npos;
@@ -77,7 +105,7 @@ mcError_t mcGetLastError() {
 // ---- Devices ------------------------------------------------------------------------------------
 
 mcError_t mcGetDeviceCount(int *count) {
-    *count = runtime().device_count;
+    *count = static_cast<int>(mc_shim::visible().size());
     return *count > 0 ? mcSuccess : mcErrorNoDevice;
 }
 mcError_t mcGetDevice(int *device) {
@@ -93,7 +121,7 @@ mcError_t mcDeviceSynchronize() {
 mcError_t mcGetDeviceProperties(mcDeviceProp_t *properties, int device) {
     *properties = {};
     properties->multiProcessorCount = mc_shim::kBlocks;
-    properties->pciBusID = device;
+    properties->pciBusID = mc_shim::visible().at(device);
     return mcSuccess;
 }
 mcError_t mcDeviceCanAccessPeer(int *can, int, int) {
@@ -101,7 +129,7 @@ mcError_t mcDeviceCanAccessPeer(int *can, int, int) {
     return mcSuccess;
 }
 mcError_t mcDeviceGetPCIBusId(char *address, int bytes, int device) {
-    std::snprintf(address, bytes, "0000:%02X:00.0", device);
+    std::snprintf(address, bytes, "0000:%02X:00.0", mc_shim::visible().at(device));
     return mcSuccess;
 }
 mcError_t mcDeviceEnablePeerAccess(int, unsigned) {

@@ -17,7 +17,7 @@ struct Launch {
 };
 
 struct Runtime {
-    int device_count = 0;
+    int device_count = 0;  // of the host; MACA_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES hides some
     bool clock_goes = true;
     std::vector<Launch> launches;
     std::vector<unsigned> flags;  // of each mcExtMallocWithFlags
@@ -28,6 +28,10 @@ struct Runtime {
     int closed = 0;               // mappings of it
 };
 Runtime &runtime();
+
+// By which a GPU of the host can be named in those variables, as well as by its number, which is
+// its PCI bus here. The spelling is made up.
+std::string uuid_of(int gpu);
 
 // How much of mcMalloc was not freed yet.
 std::atomic<int> &allocation_count();
