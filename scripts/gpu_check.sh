@@ -136,8 +136,10 @@ memcheck() {
 }
 racecheck() { sanitize racecheck Cuda.PassesUnderASanitizer; }
 
-# Not MACA: its kernels and its host code, over CUDA's runtime and pairs of warps.
+# Not MACA: its kernels and its host code, over CUDA's runtime and pairs of warps. These GPUs are none of MetaX's, so that
+# no pair of them is near.
 maca() {
+    export MOONCAKE_EP_MACA_ALLOW_NODE_P2P=1
     local options=(-DMEP_CUDA=ON -DMEP_MACA_SHIM=ON -DMEP_MACA_FP8=ON -DCMAKE_BUILD_TYPE=Release
         "-DCMAKE_CUDA_ARCHITECTURES=${MEP_CUDA_ARCHITECTURES:-native}")
     [ -z "${MEP_GTEST_SOURCE_DIR:-}" ] || options+=("-DMEP_GTEST_SOURCE_DIR=$MEP_GTEST_SOURCE_DIR")
