@@ -524,7 +524,7 @@ inline void expect_nothing_overtakes(Rig rig, int behind, uint64_t seed) {
 }
 
 // Until a rank has told another that it has begun the round of an epoch; what it says.
-inline int told(Fleet &fleet, uint64_t *word, uint64_t epoch) {
+inline int told(const uint64_t *word, uint64_t epoch) {
     uint64_t signal = 0;
     while (!Signal::is_of(signal = __atomic_load_n(word, __ATOMIC_ACQUIRE), epoch))
         sched_yield();
@@ -551,7 +551,7 @@ inline void expect_who_catches_up_is_heard(Rig rig, uint64_t seed) {
     fleet.set_timeout_ns(kCatchUpNs);
     std::thread ahead([&] { fleet.both(rounds[2].tasks[kAheadRank]); });
     uint64_t *word = fleet.layout().token_count(fleet.window(kBehindRank), 3, kAheadRank);
-    EXPECT_EQ(told(fleet, word, 3), kHeldBackWord);
+    EXPECT_EQ(told(word, 3), kHeldBackWord);
     fleet.dispatch(rounds[1].tasks[kBehindRank]);
     EXPECT_TRUE(fleet.dispatched(rounds[1], kBehindRank));
     const auto start = std::chrono::steady_clock::now();
@@ -584,7 +584,7 @@ inline void expect_held_back_weights_are_told(Rig rig, uint64_t seed) {
     ahead.join();
     EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::nanoseconds(kCatchUpNs / 2));
     uint64_t *word = fleet.layout().arrival(fleet.window(kBehindRank), 2, kAheadRank);
-    EXPECT_EQ(told(fleet, word, 2), kHeldBackWord);
+    EXPECT_EQ(told(word, 2), kHeldBackWord);
 }
 
 // The source goes on to a later round while this rank receives: all its blocks go by what the
@@ -598,7 +598,7 @@ inline void expect_blocks_agree_on_tokens(const Rig &rig, uint64_t seed) {
             fleet.dispatch_send(round.tasks[rank]);
         Task &task = round.tasks[kBehindRank];
         std::thread goes_on([&] {
-            told(fleet, &task.token_counts[kAheadRank], 1);
+            told(&task.token_counts[kAheadRank], 1);
             for (int i = run % 10 * 20; i > 0; --i)
                 sched_yield();
             const uint64_t later = 1 + rig.layout().shape.slot_count;
