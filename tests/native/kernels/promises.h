@@ -591,7 +591,7 @@ inline void expect_held_back_weights_are_told(Rig rig, uint64_t seed) {
 // counter has decided.
 inline void expect_blocks_agree_on_tokens(const Rig &rig, uint64_t seed) {
     SCOPED_TRACE(describe(rig, seed));
-    for (int run = 0; run < 30; ++run) {
+    for (int run = 0; run < 12; ++run) {
         Fleet fleet(rig);
         Round round = fleet.round(seed + run, std::vector<int>(rig.ranks, rig.tokens_max));
         for (int rank = 0; rank < rig.ranks; ++rank)
@@ -599,7 +599,7 @@ inline void expect_blocks_agree_on_tokens(const Rig &rig, uint64_t seed) {
         Task &task = round.tasks[kBehindRank];
         std::thread goes_on([&] {
             told(&task.token_counts[kAheadRank], 1);
-            for (int i = run % 10 * 20; i > 0; --i)
+            for (int i = run * 20; i > 0; --i)
                 sched_yield();
             const uint64_t later = 1 + rig.layout().shape.slot_count;
             __atomic_store_n(
