@@ -1,0 +1,1 @@
+// For headers that are read once for all tests: see CMakeLists.txt.
