@@ -163,7 +163,7 @@ class Player {
 
     // Set-up ends in time for all that are left, who then do without.
     void meet_with_a_fault() {
-        stage_.id(0, rank_ == 0);
+        stage_.id(0, rank_ == first_of(all()));
         stage_.meet(kJoining, schedule_.ranks);
         strike(Step::kBeforeJoin, schedule_.round);
         mep_status_t status = timed("join", [&] { return create_with(0); });
@@ -316,6 +316,7 @@ class Player {
 
     // Some may have come through it and others not. In the next one they meet again.
     void lose_one_in_an_update() {
+        stage_.id(1, rank_ == first_of(all()));  // there before whoever makes it may be killed
         stage_.meet(kUpdating, schedule_.ranks);
         const mep_status_t status = update(1, all(), kTimeoutUs);
         EXPECT_TRUE(is_victim() || status == MEP_OK || status == MEP_TIMEOUT ||

@@ -41,9 +41,10 @@ class Shared {
 // The id of one group, which the process of its rank 0 has to make; for Shared.
 class IdOfGroup {
   public:
-    // Of a rank's process. The others wait for rank 0, or for their alarm.
+    // Of a rank's process. Rank 0 makes it when it first asks; the others wait for that, or for
+    // their alarm.
     const mep_unique_id_t &of(int rank) {
-        if (rank == 0) {
+        if (rank == 0 && !made_) {
             EXPECT_EQ(mep_unique_id_create(nullptr, &id_), MEP_OK) << mep_last_error();
             made_ = true;
         }
