@@ -387,6 +387,19 @@ void expect_survived(const Schedule &schedule) {
         actors.expect_end(rank);
 }
 
+// Those who wait for its weights wait alike, and are not late for each other.
+TEST_F(Faults, OfOneBeforeItsWeightsAreNotThoseOfOthers) {
+    Schedule schedule{};
+    schedule.seed = 65;
+    schedule.ranks = 3;
+    schedule.victim = 1;
+    schedule.round = 5;
+    schedule.step = Step::kBetweenDispatchHalves;
+    schedule.stops = true;
+    schedule.weights_at_combine = true;
+    expect_survived(schedule);
+}
+
 TEST_F(Faults, EndInTimeAndAreGotOver) {
     const char *seed = getenv("MEP_FAULTS_SEED"), *count = getenv("MEP_FAULTS");
     const uint64_t first = seed == nullptr ? 1 : std::strtoull(seed, nullptr, 10);
